@@ -1,0 +1,335 @@
+"""Training runs and the privacy ledger.
+
+Guarantees: a run is accepted only if the dataset's budget pays for its whole plan, which is charged before any key is
+given out; each rank gets its data keys once, HPKE-sealed to its one-time key, after the grant is on record; a block
+of steps is committed before its noise is released, so when a run ends for whatever reason it is charged for every
+step that can have been seen, and never for less.
+Not guaranteed: that a worker runs the code whose digest it states (assurance level L0: software only).
+"""
+
+from __future__ import annotations
+
+import secrets
+from functools import lru_cache
+from typing import Any
+
+from sqlalchemy import Connection, insert, select, update
+
+from cloister.authority.core import Action, Caller, Core, Resource
+from cloister.authority.data import budget_state, dataset_resource, key_context
+from cloister.authority.data import load as load_dataset
+from cloister.authority.identity import add_identity
+from cloister.canonical import b64, canonical_json
+from cloister.datasets.manifest import DatasetManifest, parse_reference
+from cloister.datasets.schema import DatasetSchema
+from cloister.errors import BudgetError, ConflictError, InputError, NotFoundError, PermissionDeniedError
+from cloister.models.release import model_seal_context
+from cloister.privacy.plan import PrivacyPlan, make_plan
+from cloister.privacy.spec import TrainingSpec
+from cloister.sealing import purposes
+from cloister.sealing.envelope import new_key
+from cloister.sealing.lease import seal_to
+from cloister.stores.database import data_keys, leases, runs
+
+ENDED = frozenset({"finished", "failed", "stopped"})
+EVALUATION_EPSILON = 1.0
+
+
+class Runs:
+    """Plans, runs, leases and what they cost."""
+
+    def __init__(self, core: Core, blobs_url: str) -> None:
+        self._core = core
+        self._blobs_url = blobs_url
+
+    def plan(self, caller: Caller, spec_value: dict[str, Any]) -> dict[str, Any]:
+        """What a run would cost. Reads the manifest's public facts, never data."""
+        spec = TrainingSpec.parse(spec_value)
+        with self._core.reading(caller, "train:plan") as act:
+            manifest = self._manifest(act, spec)
+        plan = _plan(spec, manifest.rows("train"))
+        with self._core.database.transaction() as connection:
+            budget = budget_state(connection, manifest.name)
+        return {
+            "spec": spec.to_dict(),
+            "plan": plan.to_dict(),
+            "budget_before": budget["epsilon_left"],
+            "budget_after": budget["epsilon_left"] - plan.epsilon,
+            "affordable": _affordable(budget, plan),
+            "holdout_rows": manifest.rows("holdout"),
+            "columns": [column.name for column in _features(spec, manifest)],
+        }
+
+    def submit(self, caller: Caller, spec_value: dict[str, Any], code_digest: str, public_key: str) -> dict[str, Any]:
+        """Accept a run: charge its whole plan and register its workload identity.
+
+        Raises:
+            BudgetError: the dataset's budget cannot pay for the plan.
+        """
+        spec = TrainingSpec.parse(spec_value)
+        with self._core.reading(caller, "train:submit") as act:
+            manifest = self._manifest(act, spec)
+        plan = _plan(spec, manifest.rows("train"))  # seconds of arithmetic: outside the transaction
+        run = "run-" + secrets.token_hex(5)
+        with self._core.action(caller, "train:submit", run=run, epsilon=plan.epsilon, code=code_digest[:80]) as act:
+            self._manifest(act, spec)
+            _require_budget(budget_state(act.connection, manifest.name), plan)
+            now = self._core.clock()
+            model_key = self._core.keys.wrap(new_key(), model_key_context(run))
+            act.connection.execute(
+                insert(runs).values(
+                    id=run,
+                    author=caller.name,
+                    dataset=manifest.name,
+                    version=manifest.version,
+                    spec=spec.to_dict(),
+                    plan=plan.to_dict(),
+                    code_digest=code_digest,
+                    state="submitted",
+                    steps_committed=0,
+                    steps_done=0,
+                    epsilon_charged=plan.epsilon,
+                    delta_charged=plan.delta,
+                    model_key=model_key,
+                    created=now,
+                )
+            )
+            add_identity(act.connection, run, ["run"], public_key, caller.name, now)
+        return {"run": run, "plan": plan.to_dict(), "spec": spec.to_dict()}
+
+    def lease(self, caller: Caller, run: str, rank: int, public_key: bytes, code_digest: str) -> dict[str, Any]:
+        """Give rank `rank` the keys of its own shards, sealed to its one-time key.
+
+        Raises:
+            ConflictError: the run is over, or this rank has had its lease.
+            PermissionDeniedError: the worker runs other code than was submitted.
+        """
+        with self._core.action(caller, "run:work", step="lease", rank=rank) as act:
+            row = load(act.connection, run)
+            act.allow(run_resource(row))
+            if code_digest != row.code_digest:
+                raise PermissionDeniedError(
+                    "the worker's code is not the code that was submitted", "submit the run again"
+                )
+            if row.state not in ("submitted", "training"):
+                raise ConflictError(f"{run} is {row.state}", "submit a new run")
+            spec = TrainingSpec.parse(row.spec)
+            if not 0 <= rank < spec.resources.workers:
+                raise InputError(
+                    "there is no worker of that rank in the plan", "start as many workers as the spec says"
+                )
+            if act.connection.execute(select(leases).where(leases.c.run == run, leases.c.rank == rank)).first():
+                raise ConflictError(
+                    f"rank {rank} of {run} has had its lease", "a lease is given once; submit a new run"
+                )
+            manifest = DatasetManifest.parse(load_dataset(act.connection, row.dataset, row.version).manifest)
+            keys = self._shard_keys(act.connection, manifest, spec, rank)
+            payload: dict[str, Any] = {"keys": {name: b64(key) for name, key in keys.items()}}
+            if rank == 0:
+                payload["model_key"] = b64(self._core.keys.unwrap(row.model_key, model_key_context(run)))
+            act.details["files"] = ",".join(sorted(keys))[:512]
+            act.connection.execute(insert(leases).values(run=run, rank=rank, created=self._core.clock()))
+            act.connection.execute(update(runs).where(runs.c.id == run).values(state="training"))
+            sealed = seal_to(public_key, canonical_json(payload), purposes.training_lease(run, rank))
+        return {
+            "sealed": b64(sealed),
+            "manifest": manifest.model_dump(mode="json"),
+            "spec": row.spec,
+            "plan": row.plan,
+            "blobs": self._blobs_url,
+            "evaluation_epsilon": evaluation_epsilon(row.plan),
+            "seal_context": model_seal_context(run),
+        }
+
+    def _shard_keys(
+        self, connection: Connection, manifest: DatasetManifest, spec: TrainingSpec, rank: int
+    ) -> dict[str, bytes]:
+        """Only what this rank trains on: its shards, the classes of the columns that are used, never `restricted`."""
+        mine = set(manifest.shards("train")[rank :: spec.resources.workers])
+        if rank == 0:
+            mine |= set(manifest.shards("holdout"))
+        wanted = {column.sensitivity for column in _features(spec, manifest)}
+        wanted.add(DatasetSchema.from_mapping(manifest.dataset_schema).column(spec.label).sensitivity)
+        names = {file.key_name for file in manifest.files if file.shard in mine and file.sensitivity in wanted}
+        rows = connection.execute(
+            select(data_keys).where(data_keys.c.name == manifest.name, data_keys.c.version == manifest.version)
+        )
+        return {
+            row.file: self._core.keys.unwrap(row.wrapped, key_context(manifest, row.file))
+            for row in rows
+            if row.file in names
+        }
+
+    def commit_block(self, caller: Caller, run: str, first: int, last: int) -> dict[str, Any]:
+        """Put steps `first`…`last` on record. Only after this returns may their noise be released.
+
+        Raises:
+            ConflictError: the run is over, the block is not the next one, or it exceeds the plan.
+        """
+        with self._core.action(caller, "run:work", step="block", first=first, last=last) as act:
+            row = load(act.connection, run)
+            act.allow(run_resource(row))
+            if row.state != "training":
+                raise ConflictError(f"{run} is {row.state}", "stop this worker")
+            if first != row.steps_committed or not first < last <= row.plan["steps"]:
+                raise ConflictError("these steps are not the next ones of the plan", "stop this worker")
+            act.connection.execute(update(runs).where(runs.c.id == run).values(steps_committed=last))
+        return {"steps_committed": last}
+
+    def progress(self, caller: Caller, run: str, steps_done: int, rows_per_s: float) -> None:
+        """What people watch. Steps and throughput are public: the planned batch size is, the realised one is not."""
+        with self._core.reading(caller, "run:work") as act:
+            row = load(act.connection, run)
+            act.allow(run_resource(row))
+            if not 0 <= steps_done <= row.steps_committed:
+                raise InputError("more steps reported than committed", "commit the block first")
+            values = {"steps_done": steps_done, "rows_per_s": rows_per_s}
+            act.connection.execute(update(runs).where(runs.c.id == run).values(**values))
+
+    def fail(self, caller: Caller, run: str, error: dict[str, Any]) -> dict[str, Any]:
+        """End a run that went wrong; reported by its own workload."""
+        with self._core.action(caller, "run:work", step="fail", error=str(error.get("kind", ""))[:80]) as act:
+            row = load(act.connection, run)
+            act.allow(run_resource(row))
+            kept = {name: str(error.get(name, ""))[:500] for name in ("error", "hint", "kind")}
+            return self._end(act, row, "failed", kept)
+
+    def stop(self, caller: Caller, run: str) -> dict[str, Any]:
+        """End a run on a person's word."""
+        with self._core.action(caller, "run:stop") as act:
+            row = load(act.connection, run)
+            act.allow(run_resource(row))
+            return self._end(act, row, "stopped", None)
+
+    def _end(self, act: Action, row: Any, state: str, error: dict[str, Any] | None) -> dict[str, Any]:
+        if row.state in ENDED:
+            return _public(row)
+        epsilon, delta = settle(row.plan, row.steps_committed)
+        act.details.update(epsilon_charged=epsilon, steps=row.steps_committed)
+        act.connection.execute(
+            update(runs)
+            .where(runs.c.id == row.id)
+            .values(state=state, error=error, ended=self._core.clock(), epsilon_charged=epsilon, delta_charged=delta)
+        )
+        return _public(load(act.connection, row.id))
+
+    def show(self, caller: Caller, run: str) -> dict[str, Any]:
+        """State, steps and epsilon spent so far."""
+        with self._core.reading(caller, "run:read") as act:
+            row = load(act.connection, run)
+            act.allow(run_resource(row))
+        return _public(row) | {"epsilon_spent": settle(row.plan, row.steps_committed)[0]}
+
+    def list(self, caller: Caller) -> list[dict[str, Any]]:
+        with self._core.reading(caller, "run:read") as act:
+            rows = act.connection.execute(select(runs).order_by(runs.c.created.desc()).limit(100)).all()
+            act.allow(Resource(type="Run", name="any", attributes={"author": caller.name}))
+        return [_public(row) for row in rows]
+
+    def _manifest(self, act: Action, spec: TrainingSpec) -> DatasetManifest:
+        name, version = parse_reference(spec.dataset)
+        row = load_dataset(act.connection, name, version)
+        act.allow(dataset_resource(spec.dataset, row.owner))
+        manifest = DatasetManifest.parse(row.manifest)
+        _features(spec, manifest)
+        if spec.resources.workers > len(manifest.shards("train")):
+            raise InputError(
+                f"{spec.resources.workers} workers cannot share {len(manifest.shards('train'))} shards",
+                "ask for fewer workers, or seal with more --shards",
+            )
+        return manifest
+
+
+def _plan(spec: TrainingSpec, rows: int) -> PrivacyPlan:
+    return _cached_plan(
+        spec.privacy.epsilon, spec.privacy.delta, spec.privacy.max_grad_norm, spec.training.epochs,
+        spec.training.expected_batch_size, rows,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def _cached_plan(
+    epsilon: float, delta: float, max_grad_norm: float, epochs: float, expected_batch_size: int, rows: int
+) -> PrivacyPlan:
+    return make_plan(
+        epsilon=epsilon, delta=delta, max_grad_norm=max_grad_norm, epochs=epochs,
+        expected_batch_size=expected_batch_size, rows=rows,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _epsilon_after(plan: tuple[tuple[str, Any], ...], steps: int) -> float:
+    return PrivacyPlan.from_dict(dict(plan)).epsilon_after(steps)
+
+
+def evaluation_epsilon(plan: dict[str, Any]) -> float:
+    """The epsilon of publishing the holdout accuracy. Holdout rows are never trained on, so it composes in parallel."""
+    return min(EVALUATION_EPSILON, float(plan["epsilon"]))
+
+
+def settle(plan: dict[str, Any], steps: int) -> tuple[float, float]:
+    """The (epsilon, delta) that `steps` committed steps of a plan cost. Nothing for none; never above the plan."""
+    if steps == 0:
+        return 0.0, 0.0
+    if steps >= plan["steps"]:
+        return max(float(plan["epsilon_certified"]), evaluation_epsilon(plan)), float(plan["delta"])
+    return _epsilon_after(tuple(sorted(plan.items())), steps), float(plan["delta"])
+
+
+def _affordable(budget: dict[str, Any], plan: PrivacyPlan) -> bool:
+    return bool(plan.epsilon <= budget["epsilon_left"] + 1e-9 and plan.delta <= budget["delta_left"] * (1 + 1e-9))
+
+
+def _require_budget(budget: dict[str, Any], plan: PrivacyPlan) -> None:
+    if not _affordable(budget, plan):
+        raise BudgetError(
+            f"this run needs epsilon {plan.epsilon:g}, delta {plan.delta:g}; {budget['dataset']} has epsilon "
+            f"{budget['epsilon_left']:.3f}, delta {budget['delta_left']:g} left",
+            f"lower privacy.epsilon in the spec, or ask the owner: cloister budget set {budget['dataset']}",
+        )
+
+
+def _features(spec: TrainingSpec, manifest: DatasetManifest) -> tuple[Any, ...]:
+    return DatasetSchema.from_mapping(manifest.dataset_schema).feature_columns(spec.features)
+
+
+def load(connection: Connection, run: str) -> Any:
+    """One run's row.
+
+    Raises:
+        NotFoundError: there is none.
+    """
+    row = connection.execute(select(runs).where(runs.c.id == run)).one_or_none()
+    if row is None:
+        raise NotFoundError(f"there is no run {run[:40]}", "list them: cloister train list")
+    return row
+
+
+def run_resource(row: Any) -> Resource:
+    return Resource(type="Run", name=row.id, attributes={"author": row.author})
+
+
+def model_key_context(run: str) -> bytes:
+    """What a wrapped model key is bound to."""
+    return canonical_json({"use": "cloister.dev/model-key/v1", "run": run})
+
+
+def _public(row: Any) -> dict[str, Any]:
+    return {
+        "run": row.id,
+        "author": row.author,
+        "dataset": f"{row.dataset}@{row.version}",
+        "state": row.state,
+        "steps": row.plan["steps"],
+        "steps_committed": row.steps_committed,
+        "steps_done": row.steps_done,
+        "rows_per_s": row.rows_per_s,
+        "epsilon_planned": row.plan["epsilon"],
+        "epsilon_charged": row.epsilon_charged,
+        "delta": row.plan["delta"],
+        "created": row.created,
+        "ended": row.ended,
+        "error": row.error,
+        "plan": row.plan,
+        "spec": row.spec,
+    }

@@ -1,0 +1,108 @@
+"""What every command needs: whose home, as whom, in which form to answer."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cloister.errors import AuthenticationError, InputError, NotFoundError
+from cloister.stores.home import Home
+
+if TYPE_CHECKING:
+    from cloister.client.authority import AuthorityClient
+
+IDENTITY_VARIABLE = "CLOISTER_AS"
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """One invocation."""
+
+    home: Home
+    identity: str | None
+    json: bool
+
+    def name(self) -> str:
+        """As whom to act: `--as`, `$CLOISTER_AS`, or whoever logged in last.
+
+        Raises:
+            AuthenticationError: nobody.
+        """
+        current = self.home.identities / "current"
+        name = self.identity or os.environ.get(IDENTITY_VARIABLE) or (current.read_text() if current.exists() else "")
+        if not name:
+            raise AuthenticationError("nobody is logged in", "cloister login NAME, or add --as NAME")
+        return name.strip()
+
+    def private_key(self) -> bytes:
+        """The acting identity's private key, PEM.
+
+        Raises:
+            NotFoundError: it is not on this machine.
+            InputError: the file is open to others.
+        """
+        path = key_file(self.home, self.name())
+        if not path.is_file():
+            raise NotFoundError(
+                f"there is no key for {self.name()} on this machine",
+                f"make one: cloister identity add {self.name()} --role ROLE",
+            )
+        if path.stat().st_mode & 0o077:
+            raise InputError(f"the key file of {self.name()} is open to others", f"chmod 600 {path}")
+        return path.read_bytes()
+
+    def client(self) -> AuthorityClient:
+        """The authority, as the acting identity.
+
+        Raises:
+            NotFoundError: this machine knows no authority, or has no such key.
+        """
+        from cloister.client.authority import AuthorityClient
+
+        url, ca = authority_address(self.home)
+        return AuthorityClient(url, ca_path=ca, name=self.name(), private_key_pem=self.private_key())
+
+
+def key_file(home: Home, name: str) -> Path:
+    """Where the private key of `name` is kept.
+
+    Raises:
+        InputError: not a name.
+    """
+    if not name or not all(letter.isalnum() or letter in "._-" for letter in name) or name.startswith("."):
+        raise InputError("a name has letters, digits, '.', '_' and '-' only", "choose another name")
+    return home.identities / f"{name}.key"
+
+
+def authority_address(home: Home) -> tuple[str, Path]:
+    """URL and CA certificate of the authority that this machine knows.
+
+    Raises:
+        NotFoundError: none yet.
+    """
+    from cloister.stores.files import read_json
+
+    facts = read_json(
+        home.client / "authority.json", what="authority known to this machine", hint="start one: cloister up"
+    )
+    return str(facts["url"]), home.client / "ca.pem"
+
+
+def common(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds `--as` and `--json` to a command, and hands it a `Context` first."""
+
+    @click.option("--as", "identity", metavar="NAME", help="Act as this identity.")
+    @click.option("--json", "as_json", is_flag=True, help="Answer with one JSON value.")
+    @functools.wraps(command)
+    def wrapped(*arguments: Any, identity: str | None, as_json: bool, **options: Any) -> Any:
+        context = Context(Home.find(), identity, as_json)
+        click.get_current_context().meta["json"] = as_json
+        return command(context, *arguments, **options)
+
+    return wrapped

@@ -1,0 +1,203 @@
+"""`cloister model | approvals | approve | deny`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cloister.cli import output
+from cloister.cli.context import Context, common
+from cloister.errors import ConflictError, IntegrityError, NotFoundError
+
+
+def _reference(text: str) -> tuple[str, int]:
+    from cloister.datasets.manifest import parse_reference
+
+    return parse_reference(text, what="model")
+
+
+@click.group()
+def model() -> None:
+    """List, show, verify, promote and export models."""
+
+
+@model.command(name="list")
+@common
+def list_(context: Context) -> None:
+    """List registered models."""
+    rows = context.client().get("/v1/models")
+    if context.json:
+        output.value(rows)
+        return
+    cells = [(r["model"], r["stage"], r["author"], r["run"], r["metrics"].get("holdout_accuracy")) for r in rows]
+    output.table(("model", "stage", "author", "run", "accuracy"), cells, empty="No model yet.")
+
+
+@model.command()
+@click.argument("name")
+@common
+def show(context: Context, name: str) -> None:
+    """Show where a model comes from and who approved it."""
+    import json
+
+    from cloister.canonical import unb64
+
+    wanted, version = _reference(name)
+    shown = context.client().get(f"/v1/models/{wanted}/versions/{version}")
+    if context.json:
+        output.value(shown)
+        return
+    made = json.loads(unb64(shown["provenance"]["payload"]))["predicate"]
+    output.facts({
+        "model": shown["model"], "stage": shown["stage"], "author": shown["author"], "run": shown["run"],
+        "dataset": f"{made['dataset']['name']} ({made['dataset']['digest'][:23]}…)",
+        "privacy": f"epsilon {made['privacy']['epsilon']:.4f}, delta {made['privacy']['delta']:g}",
+        "accuracy": f"{shown['metrics'].get('holdout_accuracy', 0):.4f} on {shown['metrics'].get('holdout_rows', 0):.0f} holdout "
+                    f"rows (itself epsilon {shown['metrics'].get('evaluation_epsilon', 0):g})",
+        "code": made["code_digest"], "root digest": shown["root_digest"], "assurance": made["assurance"],
+    })  # fmt: skip
+
+
+@model.command()
+@click.argument("name")
+@common
+def verify(context: Context, name: str) -> None:
+    """Check a model's stored bytes and signatures. Needs no key and opens nothing."""
+    from cloister.canonical import sha256_hex
+    from cloister.models.release import PROVENANCE_PREDICATE
+    from cloister.signing import dsse, keys
+    from cloister.stores.blobs import FolderBlobs
+
+    wanted, version = _reference(name)
+    client = context.client()
+    shown = client.get(f"/v1/models/{wanted}/versions/{version}")
+    if sha256_hex(FolderBlobs.from_url(shown["blobs"]).get(shown["blob"])) != shown["blob_sha256"]:
+        raise IntegrityError(
+            f"the sealed bytes of {name} changed since it was registered",
+            "restore the blob from a backup, or train again",
+        )
+    release = client.public("/v1/info")["release_public_key"].encode()
+    trusted = {keys.key_id(release): keys.p256_public_from_pem(release)}
+    dsse.verify(shown["provenance"], trusted, predicate_type=PROVENANCE_PREDICATE, subject_digest=shown["root_digest"])
+    if context.json:
+        output.value({"model": name, "root_digest": shown["root_digest"]})
+    else:
+        output.say(f"{name} is whole: its sealed bytes are the registered ones and its provenance is signed.")
+
+
+@model.command()
+@click.argument("name")
+@click.option("--to", "stage", type=click.Choice(["production"]), default="production", show_default=True)
+@common
+def promote(context: Context, name: str, stage: str) -> None:
+    """Make an approved model the production one. Without approval: asks for it and refuses."""
+    wanted, version = _reference(name)
+    shown = context.client().post(f"/v1/models/{wanted}/versions/{version}/promotion")
+    if context.json:
+        output.value(shown)
+    else:
+        output.say(f"{shown['model']} is in {stage}, approved by {', '.join(shown['approvals'])}.")
+        output.say(f"Next: cloister serve deploy {wanted}")
+
+
+@model.command()
+@click.argument("name")
+@click.option(
+    "--to", "folder", type=click.Path(path_type=Path), required=True, help="A folder that does not exist yet."
+)
+@common
+def export(context: Context, name: str, folder: Path) -> None:
+    """Write a production model in clear, with its signature, for use outside Cloister. The disclosure is logged."""
+    from cloister.models.manifest import MANIFEST_FILE, MODEL_FILE
+    from cloister.sealing.stream import open_sealed
+    from cloister.stores.files import private_directory, write_atomic
+
+    if folder.exists():
+        raise ConflictError(f"{folder} exists", "name a folder that does not exist yet")
+    wanted, version = _reference(name)
+    client = context.client()
+    release = client.public("/v1/info")["release_public_key"].encode()
+    lease = client.export_model(wanted, version)
+    plain = open_sealed(lease.model_key, lease.model_onnx_sealed, lease.seal_context)
+    private_directory(folder / "model")
+    write_atomic(folder / "model" / MODEL_FILE, plain)
+    write_atomic(folder / "model" / MANIFEST_FILE, lease.manifest)
+    write_atomic(folder / "model.sig", lease.bundle)
+    write_atomic(folder / "release.pub", release)
+    if context.json:
+        output.value({"model": name, "folder": str(folder)})
+        return
+    output.say(f"{name} is in {folder / 'model'}, in clear: from here on it is yours to protect.")
+    output.say(
+        f"Check it with the reference verifier: model_signing verify key {folder}/model "
+        f"--signature {folder}/model.sig --public_key {folder}/release.pub"
+    )
+
+
+@click.group()
+def approvals() -> None:
+    """List what waits for approval."""
+
+
+@approvals.command(name="list")
+@common
+def list_approvals(context: Context) -> None:
+    """List open approval requests."""
+    rows = context.client().get("/v1/approvals")
+    if context.json:
+        output.value(rows)
+        return
+    cells = [
+        (
+            r["approval"],
+            r["model"],
+            r["requested_by"],
+            [f"{v['person']}: {v['decision']}" for v in r["votes"]] or "none",
+        )
+        for r in rows
+    ]
+    output.table(("approval", "model", "requested by", "votes"), cells, empty="Nothing waits for approval.")
+
+
+@click.command()
+@click.argument("approval")
+@common
+def approve(context: Context, approval: str) -> None:
+    """Approve a model for production, signed with your own key over exactly this model."""
+    _vote(context, approval, "approve")
+
+
+@click.command()
+@click.argument("approval")
+@common
+def deny(context: Context, approval: str) -> None:
+    """Refuse a model, signed with your own key. One refusal outweighs any number of approvals."""
+    _vote(context, approval, "deny")
+
+
+def _vote(context: Context, approval: str, decision: str) -> None:
+    from cloister.models.release import APPROVAL_PREDICATE, PRODUCTION
+    from cloister.signing import dsse
+    from cloister.signing.keys import ed25519_from_pem
+
+    client = context.client()
+    request: dict[str, Any] | None = next((r for r in client.get("/v1/approvals") if r["approval"] == approval), None)
+    if request is None:
+        raise NotFoundError(f"there is no open approval {approval[:40]}", "list them: cloister approvals list")
+    predicate = {
+        "approval": approval, "person": context.name(), "decision": decision, "stage": PRODUCTION,
+        "expires": int(request["expires"]), "time": int(time.time()),
+    }  # fmt: skip
+    statement = dsse.statement(request["model"], request["root_digest"], APPROVAL_PREDICATE, predicate)
+    envelope = dsse.sign(statement, ed25519_from_pem(context.private_key()))
+    shown = client.post(f"/v1/approvals/{approval}/votes", {"envelope": envelope})
+    if context.json:
+        output.value(shown)
+    elif decision == "approve":
+        output.say(f"You approved {shown['model']} ({shown['root_digest'][:16]}…).")
+        output.say(f"Next, its author runs: cloister model promote {shown['model']}")
+    else:
+        output.say(f"You refused {shown['model']}; it cannot be promoted.")

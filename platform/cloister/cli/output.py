@@ -1,0 +1,93 @@
+"""What commands show: tables and sentences for people, one JSON value for programs, two lines for errors."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from cloister.errors import CloisterError
+
+
+def error(refused: CloisterError, *, as_json: bool) -> None:
+    """`error:` and `hint:` on standard error, or the error's map as JSON on standard output."""
+    if as_json:
+        print(json.dumps(refused.to_dict()))
+        return
+    red, dim, plain = ("\033[31m", "\033[2m", "\033[0m") if _colour(sys.stderr) else ("", "", "")
+    print(f"{red}error:{plain} {refused.message}", file=sys.stderr)
+    print(f"{dim}hint:{plain}  {refused.hint or 'see cloister --help'}", file=sys.stderr)
+
+
+def value(shown: Any) -> None:
+    """One JSON value on standard output."""
+    print(json.dumps(shown, indent=2, sort_keys=True, default=str))
+
+
+def say(text: str = "") -> None:
+    """A sentence for a person."""
+    print(text, flush=True)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, empty: str) -> None:
+    """Rows under headings; `empty` is said when there are none. On a pipe: tab-separated, no frame."""
+    if not rows:
+        say(empty)
+        return
+    texts = [[_text(cell) for cell in row] for row in rows]
+    if not sys.stdout.isatty():
+        for row in (list(columns), *texts):
+            print("\t".join(row))
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    grid = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in texts:
+        grid.add_row(*row)
+    Console().print(grid)
+
+
+def facts(pairs: Mapping[str, Any]) -> None:
+    """Aligned `name  value` lines."""
+    width = max(len(name) for name in pairs)
+    for name, fact in pairs.items():
+        say(f"  {name:<{width}}  {_text(fact)}")
+
+
+@contextlib.contextmanager
+def progress(title: str) -> Iterator[Callable[..., None]]:
+    """A progress bar on standard error, if that is a terminal. Call with (done, total, note="")."""
+    if not sys.stderr.isatty():
+        yield lambda *_, **__: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    layout = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn())
+    with Progress(*layout, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None, note="")
+
+        def advance(done: float, total: float | None, note: str = "") -> None:
+            bar.update(task, completed=done, total=total, note=note)
+
+        yield advance
+
+
+def _text(cell: Any) -> str:
+    if cell is None:
+        return "-"
+    if isinstance(cell, float):
+        return f"{cell:.4g}"
+    if isinstance(cell, list | tuple):
+        return ", ".join(map(str, cell))
+    return str(cell)
+
+
+def _colour(stream: Any) -> bool:
+    import os
+
+    return bool(stream.isatty()) and "NO_COLOR" not in os.environ

@@ -1,0 +1,172 @@
+"""`cloister up | down | doctor`."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cloister.cli import output
+from cloister.cli.context import Context, common, key_file
+from cloister.config import AuthoritySettings, Settings
+from cloister.errors import CloisterError, InputError, UnavailableError
+from cloister.process import Daemon
+from cloister.stores.files import private_directory, write_atomic, write_json
+from cloister.stores.home import Home
+
+OPERATOR = "operator"
+START_TIMEOUT_S = 30.0
+
+
+@click.command()
+@click.option("--host", help="Address to listen on.  [default: 127.0.0.1]")
+@click.option("--port", type=click.IntRange(1, 65535), help="Port to listen on.  [default: 8470]")
+@common
+def up(context: Context, host: str | None, port: int | None) -> None:
+    """Start the authority on this machine.
+
+    The first start makes its keys, its CA and your first identity, `operator`.
+    """
+    home = context.home.make()
+    settings = Settings.load(home).authority
+    settings = AuthoritySettings.model_validate(
+        settings.model_dump() | {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+    )
+    settings.require_safe()
+    shown = start_authority(home, settings)
+    if context.json:
+        output.value(shown)
+    elif shown["started"]:
+        output.say(f"The authority is up at {shown['url']} (TLS, own CA, embedded keys, SQLite).")
+        output.say("Protected now: keys rest encrypted, every call is authenticated, every action is logged first.")
+        output.say("Not protected: from root on this machine (assurance level L0).")
+        output.say("Next: cloister identity add NAME --role data-owner|engineer|reviewer|consumer")
+    else:
+        output.say(f"The authority is running already at {shown['url']}.")
+
+
+def start_authority(home: Home, settings: AuthoritySettings) -> dict[str, Any]:
+    """Start it unless it runs; remember its address.
+
+    Raises:
+        UnavailableError: the port is taken, or it did not come up.
+    """
+    daemon = Daemon(home.authority / "daemon")
+    url = f"https://{settings.host}:{settings.port}"
+    if daemon.process() is not None and daemon.status()["state"] == "ready":
+        return {"url": _known_url(home) or url, "started": False}
+    _require_free(settings.host, settings.port)
+    public = _operator_key(home)
+    private_directory(home.authority)
+    arguments = [str(home.authority), "--host", settings.host, "--port", str(settings.port), "--operator", OPERATOR,
+                 "--operator-key", str(public)]  # fmt: skip
+    ca = home.authority / "ca.pem"
+    if settings.tls_certificate and settings.tls_key:
+        arguments += ["--tls-certificate", str(settings.tls_certificate), "--tls-key", str(settings.tls_key)]
+        ca = settings.tls_certificate
+    daemon.start("cloister.authority", arguments)
+    with output.progress("starting the authority"):
+        daemon.wait_ready(START_TIMEOUT_S, what="the authority")
+    private_directory(home.client)
+    write_atomic(home.client / "ca.pem", ca.read_bytes())
+    write_json(home.client / "authority.json", {"url": url})
+    current = home.identities / "current"
+    if not current.exists():
+        write_atomic(current, OPERATOR.encode())
+    return {"url": url, "started": True}
+
+
+def _known_url(home: Home) -> str | None:
+    from cloister.cli.context import authority_address
+
+    try:
+        return authority_address(home)[0]
+    except CloisterError:
+        return None
+
+
+def _operator_key(home: Home) -> Path:
+    from cloister.signing import keys
+
+    private_directory(home.identities)
+    private = key_file(home, OPERATOR)
+    if not private.exists():
+        write_atomic(private, keys.private_to_pem(keys.generate_ed25519()))
+    public = private.with_suffix(".pub")
+    write_atomic(public, keys.public_to_pem(keys.ed25519_from_pem(private.read_bytes()).public_key()))
+    return public
+
+
+def _require_free(host: str, port: int) -> None:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except socket.gaierror as error:
+        raise InputError(f"{host} is not an address of this machine", "use --host 127.0.0.1") from error
+    except OSError as error:
+        raise UnavailableError(
+            f"port {port} on {host} cannot be used: {error.strerror}", f"choose another: cloister up --port {port + 1}"
+        ) from error
+
+
+@click.command()
+@common
+def down(context: Context) -> None:
+    """Stop everything that this Cloister started: endpoints, training runs, the authority. Nothing else."""
+    home = context.home
+    stopped = []
+    for kind, folder, part in (("endpoint", home.endpoints, "serving"), ("run", home.runs, "driver")):
+        for directory in sorted(folder.glob("*/")):
+            if Daemon(directory / part).stop():
+                stopped.append(f"{kind} {directory.name}")
+    if Daemon(home.authority / "daemon").stop():
+        stopped.append("authority")
+    if context.json:
+        output.value({"stopped": stopped})
+    else:
+        output.say(f"Stopped: {', '.join(stopped)}." if stopped else "Nothing was running.")
+        output.say("What is left on disk is ciphertext, public facts and key files that only you can read.")
+
+
+@click.command()
+@common
+def doctor(context: Context) -> None:
+    """Explain what runs and how well it is protected."""
+    findings = list(_findings(context.home))
+    if context.json:
+        output.value([{"check": name, "state": state, "detail": detail} for name, state, detail in findings])
+    else:
+        output.table(("check", "state", "detail"), findings, empty="Nothing to check.")
+    if any(state == "bad" for _, state, _ in findings):
+        raise UnavailableError("something needs attention", "see the rows marked bad")
+
+
+def _findings(home: Home) -> Any:
+    daemon = Daemon(home.authority / "daemon")
+    runs = daemon.process() is not None
+    yield "authority", "good" if runs else "off", _known_url(home) or "not started: cloister up"
+    for name, path in (("home", home.path), ("authority", home.authority), ("identities", home.identities)):
+        if path.exists():
+            closed = not path.stat().st_mode & 0o077
+            yield f"{name} folder", "good" if closed else "bad", "closed to others" if closed else f"chmod 700 {path}"
+    loose = [key for key in sorted(home.path.rglob("*.key")) if key.stat().st_mode & 0o077]
+    yield "key files", "bad" if loose else "good", f"chmod 600 {loose[0]}" if loose else "readable only by you"
+    swap = _swap_bytes()
+    yield "swap", "weak" if swap else "good", "keys may be swapped out: turn swap off or encrypt it" if swap else "off"
+    shm = os.access("/dev/shm", os.W_OK)  # noqa: S108  (a check, not a file)
+    yield "tmpfs for Ray", "good" if shm else "bad", "/dev/shm" if shm else "mount a writable tmpfs at /dev/shm"
+    for directory in sorted(home.endpoints.glob("*/")):
+        if Daemon(directory / "serving").process():
+            yield f"endpoint {directory.name}", "good", "HTTPS on loopback, tokens, quota, filtered answers"
+    yield "assurance", "L0", "software only: root on a worker's machine sees what the worker sees"
+
+
+def _swap_bytes() -> int:
+    import psutil
+
+    return int(psutil.swap_memory().total)

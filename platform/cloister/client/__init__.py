@@ -1,0 +1,1 @@
+"""Talking to Cloister from a program: the authority, and the endpoints."""

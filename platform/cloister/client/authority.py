@@ -1,0 +1,199 @@
+"""Talking to the authority: as a person, a run or an endpoint, always by the caller's own key.
+
+Guarantees: TLS 1.3 against the pinned CA only, no redirects, no proxy from the environment; access tokens are fetched
+with a signed assertion and live in memory; refusals are raised as the error that the authority described; keys that
+arrive are HPKE-sealed to a key made here for one answer.
+"""
+
+from __future__ import annotations
+
+import json
+import ssl
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from cloister.canonical import b64, sha256_hex, unb64
+from cloister.errors import InputError, IntegrityError, UnavailableError, from_dict
+from cloister.sealing import purposes
+from cloister.sealing.lease import OneTimeKey
+from cloister.signing import tokens
+from cloister.stores.blobs import FolderBlobs
+
+TIMEOUT_S = 60.0
+TOKEN_MARGIN_S = 30.0
+AUTHORITY_AUDIENCE = "urn:cloister:authority"
+JWT_BEARER = "urn:ietf:params:oauth:grant-type:jwt-bearer"  # RFC 7523 section 8.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingLease:
+    """What one rank was granted. `keys` maps `shard/class` to a data key; `model_key` is rank 0's alone."""
+
+    keys: Mapping[str, bytes] = field(repr=False)
+    model_key: bytes | None = field(repr=False)
+    manifest: dict[str, Any]
+    spec: dict[str, Any]
+    plan: dict[str, Any]
+    blobs: str
+    seal_context: dict[str, str]
+    evaluation_epsilon: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelLease:
+    """A sealed model, its key, and the evidence that a replica verifies."""
+
+    model_onnx_sealed: bytes = field(repr=False)
+    model_key: bytes = field(repr=False)
+    seal_context: dict[str, str]
+    manifest: bytes
+    bundle: bytes
+    provenance: dict[str, Any]
+    directory: dict[str, Any]
+    approvals: Sequence[dict[str, Any]]
+
+
+class AuthorityClient:
+    """One caller's connection. Thread-safe."""
+
+    def __init__(self, url: str, *, ca_path: Path, name: str, private_key_pem: bytes) -> None:
+        """Prepare; nothing is sent yet.
+
+        Raises:
+            InputError: the URL is not HTTPS, or `ca_path` holds no certificate.
+        """
+        if not url.startswith("https://"):
+            raise InputError("the authority speaks HTTPS only", "write https:// in its URL")
+        try:
+            context = ssl.create_default_context(cafile=ca_path)
+        except (OSError, ssl.SSLError) as error:
+            raise InputError(f"{ca_path} is not a usable CA certificate", "start the authority: cloister up") from error
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        self.url = url
+        self.name = name
+        self._key = private_key_pem
+        self._tokens: dict[str, tuple[str, float]] = {}
+        self._lock = threading.Lock()
+        self._http = httpx.Client(base_url=url, verify=context, timeout=TIMEOUT_S, trust_env=False)
+
+    def close(self) -> None:
+        self._http.close()
+
+    def token(self, audience: str = AUTHORITY_AUDIENCE) -> str:
+        """An access token that is good for at least half a minute more.
+
+        Raises:
+            AuthenticationError: the authority does not know this caller or its key.
+        """
+        with self._lock:
+            token, good_until = self._tokens.get(audience, ("", 0.0))
+            if time.monotonic() < good_until:
+                return token
+            assertion = tokens.issue_assertion(self._key, subject=self.name, audience=self.url, now=time.time())
+            form = {"grant_type": JWT_BEARER, "assertion": assertion, "resource": audience}
+            answer = self._answer(self._send("POST", "/v1/token", data=form))
+            self._tokens[audience] = (answer["access_token"], time.monotonic() + answer["expires_in"] - TOKEN_MARGIN_S)
+            return str(answer["access_token"])
+
+    def get(self, path: str, **parameters: Any) -> Any:
+        """GET with a token; the decoded answer.
+
+        Raises:
+            CloisterError: what the authority refused with; UnavailableError when it does not answer.
+        """
+        return self._answer(self._send("GET", path, params=parameters, headers=self._bearer()))
+
+    def post(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """POST with a token; the decoded answer. Raises as `get`."""
+        return self._answer(self._send("POST", path, json=dict(body or {}), headers=self._bearer()))
+
+    def put(self, path: str, body: Mapping[str, Any]) -> Any:
+        """PUT with a token; the decoded answer. Raises as `get`."""
+        return self._answer(self._send("PUT", path, json=dict(body), headers=self._bearer()))
+
+    def public(self, path: str) -> Any:
+        """GET of a public route, without a token."""
+        return self._answer(self._send("GET", path))
+
+    # ---- a run's work ----
+
+    def lease_shards(self, run: str, rank: int, code_digest: str) -> TrainingLease:
+        """Ask for the data keys of one rank, sealed to a key that is made here and dies here."""
+        one_time = OneTimeKey.generate()
+        body = {"rank": rank, "public_key": b64(one_time.public), "code_digest": code_digest}
+        answer = self.post(f"/v1/runs/{run}/leases", body)
+        granted = json.loads(one_time.open(unb64(answer["sealed"]), purposes.training_lease(run, rank)))
+        return TrainingLease(
+            keys={name: unb64(key) for name, key in granted["keys"].items()},
+            model_key=unb64(granted["model_key"]) if "model_key" in granted else None,
+            manifest=answer["manifest"],
+            spec=answer["spec"],
+            plan=answer["plan"],
+            blobs=answer["blobs"],
+            seal_context=answer["seal_context"],
+            evaluation_epsilon=answer["evaluation_epsilon"],
+        )
+
+    # ---- a replica's work: `cloister.serving.replica.Authority` ----
+
+    def lease_model(self, endpoint_id: str) -> ModelLease:
+        """The endpoint's model, still sealed, with its key and evidence."""
+        return self._model_lease(f"/v1/endpoints/{endpoint_id}/leases", purposes.model_lease(endpoint_id))
+
+    def export_model(self, name: str, version: int) -> ModelLease:
+        """A production model for a copy outside Cloister; the authority records the disclosure."""
+        path = f"/v1/models/{name}/versions/{version}/export"
+        return self._model_lease(path, purposes.model_export(name, version))
+
+    def take_quota_block(self, endpoint_id: str, subject: str, wanted: int) -> tuple[int, float]:
+        """Rows granted (debited already) and the Unix time at which their window ends."""
+        answer = self.post(f"/v1/endpoints/{endpoint_id}/quota", {"subject": subject, "wanted": wanted})
+        return int(answer["granted"]), float(answer["window_ends"])
+
+    def _model_lease(self, path: str, info: bytes) -> ModelLease:
+        one_time = OneTimeKey.generate()
+        answer = self.post(path, {"public_key": b64(one_time.public)})
+        sealed = FolderBlobs.from_url(answer["blobs"]).get(answer["blob"])
+        if sha256_hex(sealed) != answer["blob_sha256"]:
+            raise IntegrityError(
+                "the sealed model's bytes changed since it was registered",
+                "restore the blob from a backup, or train again; nothing was opened",
+            )
+        return ModelLease(
+            model_onnx_sealed=sealed,
+            model_key=unb64(json.loads(one_time.open(unb64(answer["sealed"]), info))["model_key"]),
+            seal_context=answer["seal_context"],
+            manifest=unb64(answer["manifest"]),
+            bundle=unb64(answer["bundle"]),
+            provenance=answer["provenance"],
+            directory=answer["directory"],
+            approvals=answer["approvals"],
+        )
+
+    def _bearer(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.token()}"}
+
+    def _send(self, method: str, path: str, **options: Any) -> httpx.Response:
+        try:
+            return self._http.request(method, path, **options)
+        except httpx.HTTPError as error:
+            raise UnavailableError(
+                f"the authority at {self.url} does not answer ({type(error).__name__})",
+                "start it: cloister up   or look at what runs: cloister doctor",
+            ) from error
+
+    @staticmethod
+    def _answer(response: httpx.Response) -> Any:
+        try:
+            body = response.json()
+        except ValueError:
+            body = {}
+        if response.status_code == 200:
+            return body
+        raise from_dict(body if isinstance(body, dict) else {}, response.status_code)

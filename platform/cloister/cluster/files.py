@@ -1,0 +1,85 @@
+"""A cluster's directory on tmpfs, and the secrets in it.
+
+Guarantees: the directory and its parent are this user's, 0700, no symbolic link and on a tmpfs; every file made here
+is 0600 from its first moment; the certificate authority's key is never written, so nobody can sign with it again.
+Does not guarantee that a tmpfs is not swapped.
+"""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import os
+import secrets
+import stat
+from pathlib import Path
+
+import psutil
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from cloister.errors import InputError, UnavailableError
+
+LOOPBACK = "127.0.0.1"
+CERTIFICATE_LIFE = datetime.timedelta(days=365)  # Ray reads certificates once: a cluster must end before this does
+MAX_UNIX_PATH_BYTES = 107  # sockaddr_un.sun_path less its NUL, unix(7)
+RAY_SOCKET_PATH = "r/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store"  # the longest
+
+
+def make_directory(parent: Path) -> Path:
+    hint = "Cloister keeps Ray's files in memory: mount a writable tmpfs at /dev/shm"
+    try:
+        parent.mkdir(mode=0o700, exist_ok=True)
+        status = parent.lstat()
+        # /dev/shm is open to everybody, so somebody else may have made this name first.
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+            raise UnavailableError(f"{parent} is not this user's directory", f"remove {parent}")
+        parent.chmod(0o700)
+        directory = parent / secrets.token_hex(4)
+        directory.mkdir(mode=0o700)
+    except OSError as error:
+        raise UnavailableError(f"{parent} is not writable", hint) from error
+    if _filesystem(directory) not in ("tmpfs", "ramfs"):
+        directory.rmdir()
+        raise UnavailableError(f"{parent} is not a tmpfs", hint)
+    if len(os.fsencode(directory / RAY_SOCKET_PATH)) > MAX_UNIX_PATH_BYTES:
+        directory.rmdir()
+        raise InputError(f"{parent} is too long a path for UNIX sockets", "choose a shorter one")
+    for name in ("home", "tmp", "spill"):
+        (directory / name).mkdir(mode=0o700)
+    return directory
+
+
+def _filesystem(path: Path) -> str:
+    mounts = [m for m in psutil.disk_partitions(all=True) if path.resolve().is_relative_to(m.mountpoint)]
+    return str(max(mounts, key=lambda m: len(m.mountpoint)).fstype) if mounts else ""
+
+
+def write_private(path: Path, content: bytes) -> None:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(content)
+
+
+def write_credentials(directory: Path) -> None:
+    """A token, and a certificate authority that signs one certificate and is then forgotten."""
+    write_private(directory / "token", secrets.token_hex(32).encode())
+    now = datetime.datetime.now(datetime.UTC)
+    authority_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    authority = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"cloister cluster {directory.name}")])
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(LOOPBACK)), x509.DNSName("localhost")])
+
+    def sign(subject: x509.Name, key: ec.EllipticCurvePrivateKey, ca: bool) -> bytes:
+        serial = x509.random_serial_number()
+        builder = x509.CertificateBuilder(authority, subject, key.public_key(), serial)
+        builder = builder.not_valid_before(now - datetime.timedelta(minutes=5)).not_valid_after(now + CERTIFICATE_LIFE)
+        builder = builder.add_extension(x509.BasicConstraints(ca=ca, path_length=0 if ca else None), critical=True)
+        builder = builder if ca else builder.add_extension(names, critical=False)
+        return builder.sign(authority_key, hashes.SHA256()).public_bytes(pem)
+
+    pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    write_private(directory / "ca.crt", sign(authority, authority_key, ca=True))
+    write_private(directory / "tls.crt", sign(subject, key, ca=False))
+    write_private(directory / "tls.key", key.private_bytes(pem, pkcs8, serialization.NoEncryption()))

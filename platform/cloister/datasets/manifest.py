@@ -1,0 +1,91 @@
+"""What a sealed dataset version is: which files it has, what each file's bytes hash to, which schema they follow.
+
+Guarantees: the digest covers schema, files, row counts and parents, so a manifest that verifies under the owner's
+signature fixes every byte of the version. Holds no key and no row.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cloister.canonical import digest
+from cloister.errors import InputError
+
+NAME_PATTERN = r"^[a-z][a-z0-9-]{0,62}$"
+_REFERENCE = re.compile(r"([a-z][a-z0-9-]{0,62})@([1-9][0-9]{0,8})")
+
+
+class SealedFile(BaseModel):
+    """One (shard, class) file. `sha256` is of the sealed bytes, so it can be checked without any key."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shard: str = Field(pattern=r"^[a-z0-9-]{1,40}$")
+    role: Literal["train", "holdout"]
+    sensitivity: Literal["public", "internal", "confidential", "restricted"]
+    columns: tuple[str, ...] = Field(min_length=1, max_length=10_000)
+    rows: int = Field(ge=0)
+    path: str = Field(max_length=300)
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+    @property
+    def key_name(self) -> str:
+        """The name of this file's data key: `shard/class`."""
+        return f"{self.shard}/{self.sensitivity}"
+
+
+class DatasetManifest(BaseModel):
+    """One version of a dataset. `dataset_schema` is the schema as the owner wrote it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["cloister.dev/dataset/v1"] = "cloister.dev/dataset/v1"
+    name: str = Field(pattern=NAME_PATTERN)
+    version: int = Field(ge=1)
+    dataset_schema: dict[str, Any]
+    files: tuple[SealedFile, ...] = Field(min_length=1, max_length=100_000)
+    parents: tuple[str, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        return digest("cloister.dev/dataset/v1", self.model_dump(mode="json"))
+
+    def rows(self, role: Literal["train", "holdout"]) -> int:
+        """Number of rows in the shards of one role. Public: the owner publishes it in the manifest."""
+        return sum({file.shard: file.rows for file in self.files if file.role == role}.values())
+
+    def shards(self, role: Literal["train", "holdout"]) -> tuple[str, ...]:
+        return tuple(sorted({file.shard for file in self.files if file.role == role}))
+
+    @classmethod
+    def parse(cls, value: object) -> DatasetManifest:
+        """Validate outside data.
+
+        Raises:
+            InputError: not a manifest; the message names the field, never its value.
+        """
+        try:
+            manifest = cls.model_validate(value)
+        except ValidationError as error:
+            field = ".".join(str(part) for part in error.errors()[0]["loc"])
+            raise InputError(f"the dataset manifest is not valid at {field}", "seal the data again") from error
+        names = [file.key_name for file in manifest.files]
+        if len(set(names)) != len(names) or len({file.path for file in manifest.files}) != len(names):
+            raise InputError("the dataset manifest lists a file twice", "seal the data again")
+        return manifest
+
+
+def parse_reference(text: str, *, what: str = "dataset") -> tuple[str, int]:
+    """`name@version` as a pair.
+
+    Raises:
+        InputError: anything else.
+    """
+    match = _REFERENCE.fullmatch(text)
+    if not match:
+        raise InputError(f"{text[:80]!r} is not a {what} version", "write it as name@number, such as adult@1")
+    return match[1], int(match[2])

@@ -1,0 +1,18 @@
+"""The terms of a release, shared by the authority that signs it and the replica that checks it."""
+
+from __future__ import annotations
+
+# in-toto predicate types of the statements about one model's root digest.
+PROVENANCE_PREDICATE = "https://cloister.dev/provenance/v1"
+APPROVAL_PREDICATE = "https://cloister.dev/approval/v1"
+APPROVERS_PREDICATE = "https://cloister.dev/approvers/v1"
+
+PRODUCTION = "production"
+REQUIRED_APPROVALS = 1
+# An approval carries a model into production and keeps it there: a year later somebody must look again.
+APPROVAL_LIFETIME_S = 365 * 24 * 3600
+
+
+def model_seal_context(run: str) -> dict[str, str]:
+    """What the sealed model file of a run is bound to (see `cloister.sealing.stream`)."""
+    return {"use": "cloister.dev/model/v1", "run": run}

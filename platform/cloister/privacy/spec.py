@@ -1,0 +1,120 @@
+"""The training spec: what an engineer asks for, before anybody has approved it.
+
+Guarantees: a spec is complete and within ranges, frozen, and has one digest, to which approvals are bound. It names
+data sets and columns, never values.
+
+Not promised: that it is permitted or affordable. The authority decides that.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError, model_validator
+
+from cloister.canonical import digest
+from cloister.errors import InputError
+
+_DATASET = r"^[a-z][a-z0-9-]{0,62}@[1-9][0-9]{0,8}$"
+_Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+_HINT = "see jobs/examples/adult/train.yaml for a whole one"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSpec(_Part):
+    """A named architecture: see `cloister.training.architectures`."""
+
+    architecture: Literal["mlp"]
+    hidden: tuple[Annotated[int, Field(ge=1, le=65536)], ...] = Field(min_length=1, max_length=16)
+    activation: Literal["tanh", "relu", "silu"] = "tanh"
+
+
+class PrivacySpec(_Part):
+    """The target. `make_plan` finds the noise for it."""
+
+    epsilon: _Positive
+    delta: Annotated[float, Field(gt=0.0, lt=1.0)]
+    max_grad_norm: _Positive = 1.0
+    engine: Literal["opacus"] = "opacus"
+
+
+class OptimizationSpec(_Part):
+    epochs: _Positive
+    expected_batch_size: Annotated[int, Field(ge=1)]
+    optimizer: Literal["adam", "sgd"] = "adam"
+    learning_rate: _Positive
+
+
+class ResourcesSpec(_Part):
+    workers: Annotated[int, Field(ge=1, le=1024)] = 1
+    gpus_per_worker: Annotated[int, Field(ge=0, le=16)] = 0
+    region: Annotated[StrictStr, Field(min_length=1)]
+
+
+class TrainingSpec(_Part):
+    """One training run. Without `features`, all columns that are neither restricted nor have a role are inputs."""
+
+    name: Annotated[StrictStr, Field(pattern=r"^[a-z][a-z0-9-]{0,62}$")] | None = None
+    dataset: Annotated[StrictStr, Field(pattern=_DATASET)]
+    label: Annotated[StrictStr, Field(min_length=1)]
+    features: tuple[StrictStr, ...] | None = None
+    model: ModelSpec
+    privacy: PrivacySpec
+    training: OptimizationSpec
+    resources: ResourcesSpec
+    purpose: Annotated[StrictStr, Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        if self.features is not None:
+            if not self.features or len(set(self.features)) != len(self.features):
+                raise ValueError("features are distinct and there is at least one")
+            if self.label in self.features:
+                raise ValueError("the label is not a feature")
+        return self
+
+    @classmethod
+    def from_yaml_text(cls, text: str) -> Self:
+        """Read `train.yaml`.
+
+        Raises:
+            InputError: not YAML, or not a complete spec.
+        """
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = "" if mark is None else f" at line {mark.line + 1}"
+            raise InputError(f"the spec is not YAML{where}", "check the indentation and the quotes") from None
+        return cls.parse(value)
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        """Validate a plain map.
+
+        Raises:
+            InputError: not a complete spec; the message names the field, never its value.
+        """
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+            place = ".".join(str(part) for part in first["loc"]) or "the whole"
+            reason = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"the training spec is not valid: {place}: {reason}", _HINT)
+
+    @property
+    def model_name(self) -> str:
+        """The name under which the model is registered: `name`, or the dataset's."""
+        return self.name or self.dataset.partition("@")[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plain map that is stored, hashed and approved."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+    def digest(self) -> str:
+        return digest("cloister/spec/v1", self.to_dict())

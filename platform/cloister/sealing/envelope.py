@@ -1,0 +1,67 @@
+"""Data keys wrapped under a key-encryption key (FORMAT.md, "Envelope").
+
+Guarantees: a wrapped key opens only under the same key-encryption key and the same associated data, so a wrapped
+key that was moved to another row or another dataset is refused; no error holds a key.
+
+Does not guarantee: freshness (an old wrapped key still opens), nor secrecy once one key-encryption key has wrapped
+2**32 keys, because nonces are random 96-bit values (NIST SP 800-38D, section 8.3). Rotate it long before that.
+"""
+
+from __future__ import annotations
+
+import os
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from cloister.errors import InputError, IntegrityError
+
+KEY_BYTES = 32
+NONCE_BYTES = 12  # NIST SP 800-38D, section 8.2.2: a random nonce of 96 bits
+TAG_BYTES = 16
+VERSION = b"\x01"
+WRAPPED_BYTES = len(VERSION) + NONCE_BYTES + KEY_BYTES + TAG_BYTES
+_LABEL = b"cloister.dev/envelope/v1\x00"
+
+
+def new_key() -> bytes:
+    """A fresh 256-bit key from the operating system's generator."""
+    return os.urandom(KEY_BYTES)
+
+
+def wrap_key(kek: bytes, key: bytes, associated_data: bytes) -> bytes:
+    """Seal `key` under `kek`, bound to `associated_data`, which is not stored.
+
+    Raises:
+        InputError: either key is not 32 bytes.
+    """
+    if len(key) != KEY_BYTES:
+        raise InputError("the key to wrap is not 32 bytes", "make it with new_key()")
+    nonce = os.urandom(NONCE_BYTES)
+    return VERSION + nonce + _cipher(kek).encrypt(nonce, key, _LABEL + associated_data)
+
+
+def unwrap_key(kek: bytes, wrapped: bytes, associated_data: bytes) -> bytes:
+    """The key that `wrap_key` sealed.
+
+    Raises:
+        InputError: `kek` is not 32 bytes.
+        IntegrityError: another key-encryption key, other associated data, or changed bytes.
+    """
+    cipher = _cipher(kek)
+    if len(wrapped) != WRAPPED_BYTES or wrapped[:1] != VERSION:
+        raise IntegrityError("this is not a wrapped key of a known version", "restore the row from a backup")
+    nonce, sealed = wrapped[1 : 1 + NONCE_BYTES], wrapped[1 + NONCE_BYTES :]
+    try:
+        return cipher.decrypt(nonce, sealed, _LABEL + associated_data)
+    except InvalidTag:
+        raise IntegrityError(
+            "the wrapped key does not open: it was changed, moved, or sealed under another key-encryption key",
+            "check which key-encryption key is active, or restore the row from a backup",
+        ) from None
+
+
+def _cipher(kek: bytes) -> AESGCM:
+    if len(kek) != KEY_BYTES:
+        raise InputError("the key-encryption key is not 32 bytes", "make it with new_key()")
+    return AESGCM(kek)

@@ -1,0 +1,28 @@
+"""What a key that moves is for: the HPKE `info` of each kind of grant, the same on both sides.
+
+Guarantees: a key that was sealed for one purpose does not open as another, nor for another run, rank or model.
+"""
+
+from __future__ import annotations
+
+from cloister.canonical import canonical_json
+
+
+def data_keys(manifest_digest: str) -> bytes:
+    """An owner hands the data keys of one dataset version to the authority."""
+    return canonical_json({"use": "cloister.dev/data-keys/v1", "manifest": manifest_digest})
+
+
+def training_lease(run: str, rank: int) -> bytes:
+    """The authority hands one rank of a run the keys of its shards."""
+    return canonical_json({"use": "cloister.dev/training-lease/v1", "run": run, "rank": rank})
+
+
+def model_lease(endpoint: str) -> bytes:
+    """The authority hands a replica of an endpoint its model's key."""
+    return canonical_json({"use": "cloister.dev/model-lease/v1", "endpoint": endpoint})
+
+
+def model_export(name: str, version: int) -> bytes:
+    """The authority hands a person the key of a production model."""
+    return canonical_json({"use": "cloister.dev/model-export/v1", "model": f"{name}@{version}"})

@@ -1,0 +1,46 @@
+"""The Serve application of one endpoint.
+
+Guarantees: what Ray gets to see of an endpoint is the path of its directory and the name of a function. Serve starts,
+watches, replaces and stops replicas; it is not on the path of a request. Run it with `proxy_location: Disabled`.
+
+Not guaranteed: isolation between endpoints of one Ray cluster; that the port answers while a single replica is
+replaced (take two); or autoscaling: Serve counts requests that pass through Serve, and none do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ray import serve
+from ray.serve import Application
+
+from cloister.errors import InputError
+from cloister.serving.connect import connect
+from cloister.serving.endpoint import Endpoint, open_endpoint
+from cloister.serving.listener import DRAIN_S
+from cloister.serving.replica import Backing, Replica
+
+HEALTH_PERIOD_S = 2.0  # a replica that died is noticed at once, one that hangs after three periods
+
+
+def build(directory: Path, *, connect: Callable[[Endpoint], Backing] = connect, num_cpus: float = 0.5) -> Application:
+    """The application for an endpoint directory. `connect` must be importable where the replicas run.
+
+    Raises:
+        CloisterError: the directory is not in order; see `endpoint.open_endpoint`.
+    """
+    endpoint = open_endpoint(directory.resolve())
+    if endpoint.config.port == 0:
+        raise InputError("an endpoint needs a port that does not change", "choose one above 1023")
+    deployment = serve.deployment(
+        name=endpoint.config.endpoint,
+        num_replicas=endpoint.config.replicas,
+        ray_actor_options={"num_cpus": num_cpus},
+        max_ongoing_requests=1,  # no request comes through Serve
+        health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=3 * HEALTH_PERIOD_S,
+        graceful_shutdown_wait_loop_s=0.1,  # Serve's own drain: nothing to wait for
+        graceful_shutdown_timeout_s=DRAIN_S + 5,  # ours, in `Replica.close`
+    )
+    return deployment(Replica).bind(str(endpoint.directory), connect)

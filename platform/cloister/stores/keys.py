@@ -1,0 +1,85 @@
+"""The embedded key service: a root key in a 0600 file, everything else sealed under it.
+
+Guarantees: keys and signing keys rest only encrypted; each wrapped key is bound to its associated data; the key
+ring file is replaced atomically, so a crash leaves the old ring or the new one.
+Not guaranteed: protection from whoever can read the root key file. Name a Vault for that.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Protocol
+
+from cloister.canonical import b64, unb64
+from cloister.errors import IntegrityError, NotFoundError
+from cloister.sealing.envelope import KEY_BYTES, new_key, unwrap_key, wrap_key
+from cloister.sealing.stream import open_sealed, seal
+from cloister.stores.files import private_directory, read_json, write_atomic, write_json
+
+_KEK_LABEL = b"cloister.dev/keyring/v1/kek"
+
+
+class KeyService(Protocol):
+    """What the authority needs from a key management service."""
+
+    def wrap(self, key: bytes, associated_data: bytes) -> bytes:
+        """Encrypt a data key under the current key-encryption key."""
+
+    def unwrap(self, wrapped: bytes, associated_data: bytes) -> bytes:
+        """The inverse of `wrap`; IntegrityError when bytes or associated data differ."""
+
+    def secret(self, name: str) -> bytes:
+        """A stored secret, such as a signing key's PEM; NotFoundError when there is none."""
+
+    def store_secret(self, name: str, value: bytes) -> None:
+        """Store or replace a secret."""
+
+
+class EmbeddedKeys:
+    """`directory/root.key` and `directory/keyring.json`."""
+
+    def __init__(self, directory: Path) -> None:
+        """Open the key service, or make a new one in an empty folder.
+
+        Raises:
+            IntegrityError: one of the two files is missing or the root key does not open the ring.
+        """
+        private_directory(directory)
+        self._ring_file = directory / "keyring.json"
+        root_file = directory / "root.key"
+        if not self._ring_file.exists() and not root_file.exists():
+            write_atomic(root_file, os.urandom(KEY_BYTES), replace=False)
+            self._root = root_file.read_bytes()
+            ring = {
+                "format": "cloister.dev/keyring/v1",
+                "kek": b64(wrap_key(self._root, new_key(), _KEK_LABEL)),
+                "secrets": {},
+            }
+            write_json(self._ring_file, ring)
+        if not root_file.exists() or len(root_file.read_bytes()) != KEY_BYTES:
+            raise IntegrityError(
+                f"the root key {root_file} is missing or damaged", "restore it: without it no key opens"
+            )
+        self._root = root_file.read_bytes()
+        self._ring = read_json(self._ring_file, what="key ring", hint=f"restore {self._ring_file} from a backup")
+        self._kek = unwrap_key(self._root, unb64(self._ring["kek"]), _KEK_LABEL)
+
+    def wrap(self, key: bytes, associated_data: bytes) -> bytes:
+        return wrap_key(self._kek, key, associated_data)
+
+    def unwrap(self, wrapped: bytes, associated_data: bytes) -> bytes:
+        return unwrap_key(self._kek, wrapped, associated_data)
+
+    def secret(self, name: str) -> bytes:
+        if name not in self._ring["secrets"]:
+            raise NotFoundError(f"the key ring holds no secret {name!r}", "start the authority once to make it")
+        return open_sealed(self._root, unb64(self._ring["secrets"][name]), _secret_context(name))
+
+    def store_secret(self, name: str, value: bytes) -> None:
+        self._ring["secrets"][name] = b64(seal(self._root, value, _secret_context(name)))
+        write_json(self._ring_file, self._ring)
+
+
+def _secret_context(name: str) -> dict[str, str]:
+    return {"use": "cloister.dev/keyring/v1/secret", "name": name}
