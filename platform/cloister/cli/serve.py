@@ -77,7 +77,7 @@ def deploy(context: Context, model: str, port: int, replicas: int, quota: tuple[
         tls_key=tls_key,
     )
     daemon = Daemon(directory / "serving")
-    daemon.start("cloister.serving.deployment", [str(directory)])
+    daemon.start("cloister.serving.supervisor", [str(directory)])
     try:
         with output.progress(f"starting {replicas} replica(s) of {shown['model']}"):
             daemon.wait_ready(DEPLOY_TIMEOUT_S, what="the endpoint")

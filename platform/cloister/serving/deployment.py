@@ -12,15 +12,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import ray
 from ray import serve
 from ray.serve import Application
+from ray.serve.schema import ApplicationStatus
 
-from cloister.errors import InputError
+from cloister.errors import InputError, UnavailableError
 from cloister.serving.connect import connect
 from cloister.serving.endpoint import Endpoint, open_endpoint
 from cloister.serving.listener import DRAIN_S
 from cloister.serving.replica import Backing, Replica
 
+APPLICATION = "cloister"
 HEALTH_PERIOD_S = 2.0  # a replica that died is noticed at once, one that hangs after three periods
 
 
@@ -44,3 +47,34 @@ def build(directory: Path, *, connect: Callable[[Endpoint], Backing] = connect, 
         graceful_shutdown_timeout_s=DRAIN_S + 5,  # ours, in `Replica.close`
     )
     return deployment(Replica).bind(str(endpoint.directory), connect)
+
+
+def run(directory: Path) -> None:
+    """Deploy an endpoint into the cluster of this process's environment; return when every replica answers.
+
+    Raises:
+        UnavailableError: the replicas do not come up.
+    """
+    ray.init(log_to_driver=False, configure_logging=False)
+    serve.start(proxy_location="Disabled")
+    try:
+        serve.run(build(directory), name=APPLICATION, route_prefix=None)
+    except RuntimeError as error:  # Serve's own word for a deployment that failed; its text quotes tracebacks
+        raise UnavailableError("the replicas did not start", "cloister doctor, then deploy again") from error
+
+
+def require_healthy() -> None:
+    """Return if the application is up or being repaired.
+
+    Raises:
+        UnavailableError: Serve has given up on it.
+    """
+    status = serve.status().applications[APPLICATION].status
+    if status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.NOT_STARTED):
+        raise UnavailableError("the replicas do not start any more", "cloister serve deploy, again")
+
+
+def shut_down() -> None:
+    """Stop the application; replicas finish what is in flight."""
+    serve.shutdown()
+    ray.shutdown()  # type: ignore[no-untyped-call]  # Ray has no types here

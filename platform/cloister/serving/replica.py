@@ -84,7 +84,7 @@ class Replica:
         """
         endpoint = open_endpoint(Path(directory))  # 1
         backing = connect(endpoint)
-        model = _leased_model(endpoint, backing)  # 2 to 4
+        model = leased_model(endpoint, backing)  # 2 to 4
         config, trust = endpoint.config, endpoint.trust
         pipeline = Pipeline(
             model,
@@ -147,7 +147,7 @@ class _Blocks:
         return Block(granted=granted, window_ends=window_ends)
 
 
-def _leased_model(endpoint: Endpoint, backing: Backing) -> VerifiedModel:
+def leased_model(endpoint: Endpoint, backing: Backing) -> VerifiedModel:
     lease = backing.authority.lease_model(endpoint.config.endpoint)  # 2
     release = Release(
         model_onnx=open_sealed(lease.model_key, lease.model_onnx_sealed, lease.seal_context),  # 3
