@@ -22,29 +22,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from cloister.datasets.encoding import FeatureEncoder
-from cloister.datasets.ingest import read_table
-from cloister.datasets.schema import DatasetSchema
 from cloister.privacy.keystream import fresh_secret
 from cloister.privacy.plan import PrivacyPlan, make_plan
 from cloister.privacy.spec import TrainingSpec
 from cloister.training.architectures import build_model
+from cloister.training.baseline import HOLDOUT, load_public, train_without_privacy
 from cloister.training.export import evaluate
 from cloister.training.loop import make_optimizer, train
 
 ADULT = Path(__file__).resolve().parents[1] / "jobs" / "examples" / "adult"
-HOLDOUT = 0.2
-# Chosen for the plain side: its holdout accuracy is flat from the fifth epoch on.
-PLAIN_EPOCHS, PLAIN_BATCH, PLAIN_LEARNING_RATE = 10, 512, 1e-3
 GOAL_EACH, GOAL_GAP_POINTS = 0.84, 1.5
-
-
-def load(spec: TrainingSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    schema = DatasetSchema.from_yaml_text((ADULT / "schema.yaml").read_text())
-    table = read_table((ADULT / "adult.csv.gz").read_bytes(), schema)
-    encoder = FeatureEncoder(schema.feature_columns(spec.features))
-    x = encoder.encode({column.name: table[column.name].to_numpy() for column in encoder.columns})
-    return torch.from_numpy(x), torch.from_numpy(table[spec.label].to_numpy().astype(np.int64))
 
 
 def train_privately(model: nn.Module, x: torch.Tensor, y: torch.Tensor, spec: TrainingSpec, plan: PrivacyPlan) -> None:
@@ -55,19 +42,9 @@ def train_privately(model: nn.Module, x: torch.Tensor, y: torch.Tensor, spec: Tr
     )  # fmt: skip
 
 
-def train_plainly(model: nn.Module, x: torch.Tensor, y: torch.Tensor, seed: int) -> None:
-    optimizer = torch.optim.Adam(model.parameters(), lr=PLAIN_LEARNING_RATE)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(PLAIN_EPOCHS):
-        for rows in torch.randperm(len(x), generator=generator).split(PLAIN_BATCH):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
-            optimizer.step()
-
-
 def measure(seeds: int) -> list[dict[str, object]]:
     spec = TrainingSpec.from_yaml_text((ADULT / "train.yaml").read_text())
-    x, y = load(spec)
+    x, y = load_public(ADULT, spec)
     held = round(len(x) * HOLDOUT)
     start = time.perf_counter()
     plan = make_plan(
@@ -86,7 +63,7 @@ def measure(seeds: int) -> list[dict[str, object]]:
         step_ms.append(1000 * (time.perf_counter() - start) / plan.steps)
         private.append(evaluate(model, x[test], y[test]) / held)
         baseline = build_model(architecture, x.shape[1], 2, seed)
-        train_plainly(baseline, x[rows], y[rows], seed)
+        train_without_privacy(baseline, x[rows], y[rows], seed)
         plain.append(evaluate(baseline, x[test], y[test]) / held)
     gap = 100 * (statistics.mean(plain) - statistics.mean(private))
 

@@ -187,7 +187,7 @@ BAD_REQUESTS: dict[str, tuple[Any, str]] = {
     "NaN": (json.dumps(tensor(data=[float("nan"), 1])).encode(), "JSON"),
     "infinity by exponent": (
         json.dumps(body(GOOD_COLUMNS | {"hours": [1, 2]})).replace("[1, 2]", "[1, 1e999]").encode(),
-        "hours",
+        "column `hours` holds",
     ),
     "a field twice": (b'{"inputs":[],"inputs":[]}', "JSON"),
     "an unknown field": (body(model="x"), "field"),
@@ -325,6 +325,7 @@ class TestQuota:
         world.authority.window_ends = NOW
         with pytest.raises(QuotaExceededError):
             ask(world)
+        assert len(world.authority.asked) == 1  # nor is the authority asked again and again
 
     def test_subjects_do_not_share(self) -> None:
         world = World(budget=2)

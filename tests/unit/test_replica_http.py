@@ -150,6 +150,17 @@ class TestRefusals:
         headers = {"authorization": f"Bearer {served.token()}"}
         check_refusal(served.http.post(URL, content=chunks(), headers=headers), 413)
 
+    def test_413_before_a_body_that_is_announced_too_large(self, served: Served) -> None:
+        context = ssl.create_default_context(cafile=served.ca)
+        lines = (f"POST {URL} HTTP/1.1", "host:x", f"authorization: Bearer {served.token()}", "content-length: 2000000")
+        head = "\r\n".join((*lines, "", ""))
+        with (
+            socket.create_connection(("127.0.0.1", served.replica.port), timeout=5) as raw,
+            context.wrap_socket(raw, server_hostname="127.0.0.1") as connection,
+        ):
+            connection.sendall(head.encode())
+            assert connection.recv(4096).startswith(b"HTTP/1.1 413")
+
     def test_a_stranger_sends_no_body(self, served: Served) -> None:
         """401 comes before the body: else anybody could fill the memory."""
         check_refusal(served.http.post(URL, content=b" " * (MAX_BODY_BYTES + 1)), 401)

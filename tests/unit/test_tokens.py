@@ -239,6 +239,17 @@ class TestAssertion:
         with pytest.raises(AuthenticationError):
             check(self.make())
 
+    @pytest.mark.parametrize("header", [{"typ": "at+jwt"}, {"typ": "JWT"}, {"kid": "k1"}, {"jwk": {}}])
+    def test_only_the_header_of_an_assertion_will_do(self, header: dict[str, Any]) -> None:
+        """Else an identity whose key also signs something else could have that replayed as a log-in."""
+        names = {"iss": "worker-1", "sub": "worker-1", "aud": "aud", "exp": int(NOW) + 60}
+        base = forged(
+            header={"typ": tokens.ASSERTION_TYPE} | header, claims=names, drop="" if "kid" in header else "kid"
+        )
+        with pytest.raises(AuthenticationError):
+            self.check(base)
+        assert self.check(forged(header={"typ": tokens.ASSERTION_TYPE}, claims=names, drop="kid")) == "j1"
+
     @pytest.mark.parametrize("token", ["", "a.b.c", part({"alg": "Ed25519"}) + "." + part(b"[]") + ".AA"])
     def test_no_subject_in_garbage(self, token: str) -> None:
         with pytest.raises(AuthenticationError):

@@ -20,7 +20,7 @@ from cloister.audit.checkpoint import Checkpoint
 from cloister.audit.checkpoint import sign as sign_checkpoint
 from cloister.audit.event import Event, Outcome, utc_text
 from cloister.audit.merkle import CompactTree
-from cloister.errors import AuthenticationError, CloisterError, PermissionDeniedError
+from cloister.errors import AuthenticationError, PermissionDeniedError
 from cloister.policy import Policy, Request
 from cloister.stores.database import Database, log_checkpoints, log_entries
 from cloister.stores.keys import KeyService
@@ -81,8 +81,8 @@ class Core:
                 yield act
                 if act.rule is None:
                     raise PermissionDeniedError(f"{action} asked no policy", "report this: it is a fault in Cloister")
-                self._append(connection, act.event(act.outcome))
-        except CloisterError as error:
+                self.append(connection, act.event(act.outcome))
+        except Exception as error:
             outcome: Outcome = "denied" if isinstance(error, PermissionDeniedError | AuthenticationError) else "failure"
             self.record(act.event(outcome, reason=type(error).__name__))
             raise
@@ -102,9 +102,10 @@ class Core:
     def record(self, entry: Event) -> None:
         """Append one entry in a transaction of its own."""
         with self.database.transaction() as connection:
-            self._append(connection, entry)
+            self.append(connection, entry)
 
-    def _append(self, connection: Connection, entry: Event) -> None:
+    def append(self, connection: Connection, entry: Event) -> None:
+        """Append one entry in the transaction of its effect, and sign the new tree."""
         row = connection.execute(select(log_checkpoints).order_by(log_checkpoints.c.size.desc()).limit(1)).one_or_none()
         tree = CompactTree.from_hex(row.size, row.tree) if row else CompactTree()
         data = entry.to_bytes()

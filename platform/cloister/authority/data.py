@@ -7,21 +7,21 @@ is spent.
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from sqlalchemy import Connection, func, insert, select, update
 
 from cloister.authority.core import Caller, Core, Resource
 from cloister.canonical import canonical_json, unb64
-from cloister.datasets.manifest import DatasetManifest
-from cloister.datasets.schema import DatasetSchema
+from cloister.datasets.manifest import DatasetManifest, SealedFile
+from cloister.datasets.schema import CLASSES, DatasetSchema
 from cloister.errors import BudgetError, ConflictError, InputError, IntegrityError, NotFoundError
 from cloister.sealing import purposes
 from cloister.sealing.envelope import KEY_BYTES
 from cloister.sealing.lease import ReceivingKey
 from cloister.signing import dsse
 from cloister.signing.keys import ed25519_public_from_pem, key_id
+from cloister.stores.blobs import check_path
 from cloister.stores.database import budgets, data_keys, datasets, identities, runs
 
 MANIFEST_PREDICATE = "https://cloister.dev/dataset/v1"
@@ -45,23 +45,28 @@ class Datasets:
     def register(self, caller: Caller, envelope: dict[str, Any], sealed_keys: bytes) -> dict[str, Any]:
         """Take a sealed version into custody.
 
-        1. the owner's signature over the manifest (DSSE, their registered key); 2. policy and version number;
-        3. the schema; 4. the data keys: opened, complete, wrapped; 5. all of it in one transaction with its entry.
+        1. the owner's signature over the manifest (DSSE, their registered key); 2. the schema, which the files follow;
+        3. policy and version number; 4. the data keys: opened, complete, wrapped; 5. all of it in one transaction
+        with its entry.
 
         Raises:
-            IntegrityError: signature or keys do not fit the manifest.
+            IntegrityError: signature, files or keys do not fit the manifest.
             ConflictError: that version exists.
         """
         with self._core.action(caller, "dataset:seal") as act:
+            act.allow(dataset_resource("any", caller.name))  # no work for somebody who may not seal anything
             row = act.connection.execute(select(identities).where(identities.c.name == caller.name)).one()
             public = row.public_key.encode()
             verified = dsse.verify(  # 1
                 envelope, {key_id(public): ed25519_public_from_pem(public)}, predicate_type=MANIFEST_PREDICATE,
                 subject_digest=None,
             )  # fmt: skip
-            manifest = DatasetManifest.parse(verified.statement["predicate"])
+            manifest = DatasetManifest.parse(verified.predicate)
+            _check_files(manifest)  # 2
+            if verified.statement["subject"][0]["digest"]["sha256"] != manifest.digest.removeprefix("sha256:"):
+                raise IntegrityError("the signed digest is not that of the manifest", "seal the data again")
             act.details.update(digest=manifest.digest, files=len(manifest.files), rows=manifest.rows("train"))
-            last = latest(act.connection, manifest.name)  # 2
+            last = latest(act.connection, manifest.name)  # 3
             act.allow(dataset_resource(f"{manifest.name}@{manifest.version}", last.owner if last else caller.name))
             expected = last.version + 1 if last else 1
             if manifest.version != expected:
@@ -69,9 +74,6 @@ class Datasets:
                     f"{manifest.name}@{manifest.version} cannot be registered: the next version is {expected}",
                     "seal again",
                 )
-            schema = DatasetSchema.from_mapping(manifest.dataset_schema)  # 3
-            if schema.name != manifest.name:
-                raise InputError("manifest and schema name different datasets", "seal the data again")
             keys = self._open_keys(manifest, sealed_keys)  # 4
             act.connection.execute(  # 5
                 insert(datasets).values(
@@ -100,9 +102,10 @@ class Datasets:
 
     def _open_keys(self, manifest: DatasetManifest, sealed_keys: bytes) -> dict[str, bytes]:
         opened = self._receiving_key.open(sealed_keys, purposes.data_keys(manifest.digest))
-        keys = {str(name): unb64(str(value)) for name, value in json.loads(opened).items()}
-        if keys.keys() != {file.key_name for file in manifest.files}:
+        listed = dsse.strict_json(opened)
+        if not isinstance(listed, dict) or listed.keys() != {file.key_name for file in manifest.files}:
             raise IntegrityError("the data keys are not those of the manifest's files", "seal the data again")
+        keys = {name: unb64(value) for name, value in listed.items()}
         if any(len(key) != KEY_BYTES for key in keys.values()) or len(set(keys.values())) != len(keys):
             raise IntegrityError("each file needs its own 256-bit data key", "seal the data again")
         return keys
@@ -182,6 +185,33 @@ class Datasets:
                 for row in rows
             ]
             return budget_state(act.connection, name) | {"history": history}
+
+
+def _check_files(manifest: DatasetManifest) -> None:
+    """Each shard has one file for each class of the schema, with exactly that class's columns and the same rows.
+
+    What a lease grants is decided by a file's class, and what a plan costs by the number of rows.
+
+    Raises:
+        InputError: the manifest contradicts its schema or itself.
+    """
+    schema = DatasetSchema.from_mapping(manifest.dataset_schema)
+    if schema.name != manifest.name:
+        raise InputError("manifest and schema name different datasets", "seal the data again")
+    wanted = {cls: tuple(column.name for column in schema.columns_of_class(cls)) for cls in CLASSES}
+    classes = {cls for cls, columns in wanted.items() if columns}
+    shards: dict[str, list[SealedFile]] = {}
+    for file in manifest.files:
+        check_path(file.path, below=f"datasets/{manifest.name}/")
+        if file.columns != wanted[file.sensitivity]:
+            raise InputError("a file's columns are not those of its class", "seal the data again")
+        shards.setdefault(file.shard, []).append(file)
+    for files in shards.values():
+        same = len({(file.role, file.rows) for file in files}) == 1
+        if not same or {file.sensitivity for file in files} != classes:
+            raise InputError("the files of a shard do not fit together", "seal the data again")
+    if not manifest.rows("train"):
+        raise InputError("there is no row to train on", "seal the data again")
 
 
 def dataset_resource(name: str, owner: str) -> Resource:

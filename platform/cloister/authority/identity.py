@@ -17,13 +17,15 @@ from cloister.authority.core import PLATFORM, Caller, Core
 from cloister.errors import AuthenticationError, ConflictError, InputError
 from cloister.policy.decide import WORKLOAD_ROLES
 from cloister.signing import tokens
-from cloister.signing.keys import ed25519_public_from_pem
+from cloister.signing.keys import ed25519_public_from_pem, public_to_pem
 from cloister.stores.database import identities, used_assertions
 
 AUDIENCE = "urn:cloister:authority"
 AUDIENCES = frozenset({AUDIENCE, tokens.INFERENCE_AUDIENCE})
 ROLES = ("operator", "data-owner", "engineer", "reviewer", "consumer", "auditor")
 _NAME = re.compile(r"[a-z][a-z0-9._-]{0,62}")
+# Names that the log uses for the authority itself and for workloads: a person of such a name would be taken for one.
+_RESERVED = re.compile(r"authority|(run|ep)-.*")
 
 
 class Identities:
@@ -48,20 +50,23 @@ class Identities:
             unknown = sorted(set(roles) - set(ROLES))
             if unknown or not roles:
                 raise InputError(f"unknown role {', '.join(unknown)[:80] or '(none)'}", "roles: " + ", ".join(ROLES))
+            if _RESERVED.fullmatch(name):
+                raise InputError("'authority', 'run-…' and 'ep-…' are names of Cloister's own", "choose another name")
             add_identity(act.connection, name, roles, public_key, caller.name, self._core.clock())
         return {"name": name, "roles": roles}
 
     def bootstrap(self, name: str, public_key: str) -> None:
         """The first identity of a new authority: whoever starts it on its own machine operates it."""
-        caller = Caller(name="authority", roles=frozenset())
         with self._core.database.transaction() as connection:
             if connection.execute(select(identities.c.name).limit(1)).first():
                 return
             add_identity(connection, name, ["operator"], public_key, "authority", self._core.clock())
-        self._core.record(
-            Event(time=self._core.now_text(), actor=caller.name, action="identity:bootstrap", resource=f"Person/{name}",
-                  outcome="success", rule="first-start", source="local", details={"roles": "operator"})
-        )  # fmt: skip
+            self._core.append(
+                connection,
+                Event(time=self._core.now_text(), actor="authority", action="identity:bootstrap",
+                      resource=f"Person/{name}", outcome="success", rule="first-start", source="local",
+                      details={"roles": "operator"}),
+            )  # fmt: skip
 
     def list(self, caller: Caller) -> list[dict[str, Any]]:
         with self._core.reading(caller, "identity:list") as act:
@@ -84,6 +89,8 @@ class Identities:
             raise InputError("there is no such resource", "resources: " + ", ".join(sorted(AUDIENCES)))
         now = self._core.clock()
         subject = tokens.unverified_subject(assertion)
+        if not _NAME.fullmatch(subject):
+            raise AuthenticationError("nobody of this name is registered", "an operator runs: cloister identity add")
         with self._core.database.transaction() as connection:
             row = connection.execute(select(identities).where(identities.c.name == subject)).one_or_none()
             if row is None:
@@ -98,6 +105,11 @@ class Identities:
                 raise AuthenticationError("this assertion was used before", "make a new one: cloister login")
             remember_s = tokens.ASSERTION_LIFETIME_S + 2 * tokens.CLOCK_SKEW_S
             connection.execute(insert(used_assertions).values(jti=f"{subject}/{jti}", expires=now + remember_s))
+            self._core.append(
+                connection,
+                Event(time=self._core.now_text(), actor=subject, action="token:issue", resource=f"Audience/{audience}",
+                      outcome="success", rule="own-key", source=source, details={}),
+            )  # fmt: skip
         token = tokens.issue(
             self._token_key,
             issuer=self.issuer,
@@ -108,10 +120,6 @@ class Identities:
             now=now,
             key_id=self.token_key_id,
         )
-        self._core.record(
-            Event(time=self._core.now_text(), actor=subject, action="token:issue", resource=f"Audience/{audience}",
-                  outcome="success", rule="own-key", source=source, details={})
-        )  # fmt: skip
         return {"access_token": token, "token_type": "Bearer", "expires_in": tokens.MAX_LIFETIME_S}
 
     def authenticate(self, authorization: str | None, source: str) -> Caller:
@@ -137,7 +145,7 @@ def add_identity(
     """
     if not _NAME.fullmatch(name):
         raise InputError("a name is 1 to 63 lower-case letters, digits, '.', '_' or '-'", "start it with a letter")
-    ed25519_public_from_pem(public_key.encode())
+    public_key = public_to_pem(ed25519_public_from_pem(public_key.encode())).decode()  # one key has one text
     try:
         with connection.begin_nested():
             connection.execute(

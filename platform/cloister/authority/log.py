@@ -47,7 +47,10 @@ class Log:
         """The newest signed checkpoint. Public: it shows only how long the log is."""
         with self._core.database.transaction() as connection:
             query = select(log_checkpoints.c.note).order_by(log_checkpoints.c.size.desc()).limit(1)
-            return str(connection.execute(query).scalar_one())
+            note = connection.execute(query).scalar_one_or_none()
+        if note is None:
+            raise NotFoundError("the log is empty", "start the authority: cloister up")
+        return str(note)
 
 
 def export_of(database: Database, verifier_key: str) -> dict[str, Any]:

@@ -28,10 +28,12 @@ from cloister.models.release import (
     REQUIRED_APPROVALS,
     model_seal_context,
 )
+from cloister.privacy.spec import TrainingSpec
 from cloister.sealing import purposes
 from cloister.sealing.lease import seal_to
 from cloister.signing import dsse, oms
 from cloister.signing.keys import ed25519_public_from_pem, key_id
+from cloister.stores.blobs import check_path
 from cloister.stores.database import approvals, identities, models, runs, votes
 
 
@@ -50,7 +52,7 @@ class Models:
 
         Raises:
             ConflictError: the run is not training, or it has steps left.
-            InputError: the manifest is not about this run.
+            InputError: the manifest is not about this run, or the blob is not in its folder.
         """
         manifest = ModelManifest.from_bytes(manifest_bytes)
         with self._core.action(caller, "run:work", step="register") as act:
@@ -58,8 +60,11 @@ class Models:
             act.allow(run_resource(row))
             if row.state != "training" or row.steps_committed != row.plan["steps"]:
                 raise ConflictError(f"{run} is {row.state} after {row.steps_committed} steps", "submit a new run")
-            if manifest.run != run or manifest.dataset != f"{row.dataset}@{row.version}":
+            spec = TrainingSpec.parse(row.spec)
+            about = (manifest.run, manifest.dataset, manifest.name, manifest.label)
+            if about != (run, spec.dataset, spec.model_name, spec.label):
                 raise InputError("the model manifest is about another run", "export the model of this run")
+            check_path(blob, below=f"models/{run}/")
             name = manifest.name
             version = self._next_version(act.connection, name)
             files = {MODEL_FILE: model_sha256, MANIFEST_FILE: sha256_hex(manifest_bytes)}

@@ -21,7 +21,7 @@ from cloister.authority.data import load as load_dataset
 from cloister.authority.identity import add_identity
 from cloister.canonical import b64, canonical_json
 from cloister.datasets.manifest import DatasetManifest, parse_reference
-from cloister.datasets.schema import DatasetSchema
+from cloister.datasets.schema import Column, DatasetSchema
 from cloister.errors import BudgetError, ConflictError, InputError, NotFoundError, PermissionDeniedError
 from cloister.models.release import model_seal_context
 from cloister.privacy.plan import PrivacyPlan, make_plan
@@ -33,6 +33,7 @@ from cloister.stores.database import data_keys, leases, runs
 
 ENDED = frozenset({"finished", "failed", "stopped"})
 EVALUATION_EPSILON = 1.0
+MAX_STEPS = 1_000_000  # accounting for more takes minutes, which one request must not
 
 
 class Runs:
@@ -149,7 +150,8 @@ class Runs:
         if rank == 0:
             mine |= set(manifest.shards("holdout"))
         wanted = {column.sensitivity for column in _features(spec, manifest)}
-        wanted.add(DatasetSchema.from_mapping(manifest.dataset_schema).column(spec.label).sensitivity)
+        wanted.add(_label(spec, manifest).sensitivity)
+        wanted.discard("restricted")
         names = {file.key_name for file in manifest.files if file.shard in mine and file.sensitivity in wanted}
         rows = connection.execute(
             select(data_keys).where(data_keys.c.name == manifest.name, data_keys.c.version == manifest.version)
@@ -181,6 +183,8 @@ class Runs:
         with self._core.reading(caller, "run:work") as act:
             row = load(act.connection, run)
             act.allow(run_resource(row))
+            if row.state != "training":
+                raise ConflictError(f"{run} is {row.state}", "stop this worker")
             if not 0 <= steps_done <= row.steps_committed:
                 raise InputError("more steps reported than committed", "commit the block first")
             values = {"steps_done": steps_done, "rows_per_s": rows_per_s}
@@ -231,7 +235,7 @@ class Runs:
         row = load_dataset(act.connection, name, version)
         act.allow(dataset_resource(spec.dataset, row.owner))
         manifest = DatasetManifest.parse(row.manifest)
-        _features(spec, manifest)
+        _label(spec, manifest)
         if spec.resources.workers > len(manifest.shards("train")):
             raise InputError(
                 f"{spec.resources.workers} workers cannot share {len(manifest.shards('train'))} shards",
@@ -241,6 +245,10 @@ class Runs:
 
 
 def _plan(spec: TrainingSpec, rows: int) -> PrivacyPlan:
+    if spec.training.epochs * rows / spec.training.expected_batch_size > MAX_STEPS:
+        raise InputError(
+            f"a run has at most {MAX_STEPS:,} steps", "lower training.epochs or raise training.expected_batch_size"
+        )
     return _cached_plan(
         spec.privacy.epsilon, spec.privacy.delta, spec.privacy.max_grad_norm, spec.training.epochs,
         spec.training.expected_batch_size, rows,
@@ -273,11 +281,16 @@ def settle(plan: dict[str, Any], steps: int) -> tuple[float, float]:
         return 0.0, 0.0
     if steps >= plan["steps"]:
         return max(float(plan["epsilon_certified"]), evaluation_epsilon(plan)), float(plan["delta"])
-    return _epsilon_after(tuple(sorted(plan.items())), steps), float(plan["delta"])
+    # Two accountants on two grids: fewer steps never cost more, whatever their last digits say.
+    return min(_epsilon_after(tuple(sorted(plan.items())), steps), float(plan["epsilon"])), float(plan["delta"])
 
 
 def _affordable(budget: dict[str, Any], plan: PrivacyPlan) -> bool:
-    return bool(plan.epsilon <= budget["epsilon_left"] + 1e-9 and plan.delta <= budget["delta_left"] * (1 + 1e-9))
+    # The tolerance is for sums of decimal fractions; it is relative to the total, so it cannot add up.
+    return all(
+        budget[f"{name}_charged"] + needed <= budget[name] * (1 + 1e-9)
+        for name, needed in (("epsilon", plan.epsilon), ("delta", plan.delta))
+    )
 
 
 def _require_budget(budget: dict[str, Any], plan: PrivacyPlan) -> None:
@@ -289,8 +302,21 @@ def _require_budget(budget: dict[str, Any], plan: PrivacyPlan) -> None:
         )
 
 
-def _features(spec: TrainingSpec, manifest: DatasetManifest) -> tuple[Any, ...]:
-    return DatasetSchema.from_mapping(manifest.dataset_schema).feature_columns(spec.features)
+def _features(spec: TrainingSpec, manifest: DatasetManifest) -> tuple[Column, ...]:
+    schema = DatasetSchema.from_mapping(manifest.dataset_schema)
+    features, label = schema.feature_columns(spec.features), schema.column(spec.label)
+    if label.values is None or label.sensitivity == "restricted" or label in features:
+        raise InputError(f"column '{spec.label}' cannot be the label", "name a category column with the role label")
+    return features
+
+
+def _label(spec: TrainingSpec, manifest: DatasetManifest) -> Column:
+    label = DatasetSchema.from_mapping(manifest.dataset_schema).column(spec.label)
+    if label.type != "category" or label.sensitivity == "restricted" or label.role not in ("label", None):
+        raise InputError(f"column '{label.name}' may not be a label", "name a category column that is not restricted")
+    if label in _features(spec, manifest):
+        raise InputError(f"the label '{label.name}' is among the inputs", "list the inputs under `features`")
+    return label
 
 
 def load(connection: Connection, run: str) -> Any:

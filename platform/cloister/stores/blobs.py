@@ -17,6 +17,19 @@ from cloister.stores.files import private_directory, write_atomic
 _PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
 
 
+def check_path(path: str, *, below: str = "") -> str:
+    """`path`, if it may name a blob and lies below the folder `below` (which ends in '/').
+
+    Raises:
+        InputError: it does not.
+    """
+    if not _PATH.fullmatch(path):
+        raise InputError("a blob path has letters, digits, '_', '-', '.' and '/' only", "use the manifest's path")
+    if not path.startswith(below):
+        raise InputError(f"this blob has to lie below {below}", "upload it there")
+    return path
+
+
 class FolderBlobs:
     """Blobs in a folder that is closed to other users."""
 
@@ -40,9 +53,7 @@ class FolderBlobs:
         return self.root.resolve().as_uri()
 
     def _file(self, path: str) -> Path:
-        if not _PATH.fullmatch(path):
-            raise InputError("a blob path has letters, digits, '_', '-', '.' and '/' only", "use the manifest's path")
-        return self.root / path
+        return self.root / check_path(path)
 
     def put(self, path: str, data: bytes) -> None:
         """Store `data`.

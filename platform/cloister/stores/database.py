@@ -8,6 +8,7 @@ Not guaranteed: secrecy of this file beyond its mode. It holds no key in clear, 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +28,9 @@ from sqlalchemy import (
     create_engine,
     event,
 )
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from cloister.errors import UnavailableError
 
@@ -198,19 +201,26 @@ class Database:
     """Open or create the state in one SQLite file."""
 
     def __init__(self, file: Path) -> None:
-        self._engine = create_engine(f"sqlite:///{file}", connect_args={"timeout": BUSY_TIMEOUT_S})
+        try:
+            os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite would make it readable by others
+            file.chmod(0o600)
+        except OSError as error:
+            raise UnavailableError(
+                f"the state database cannot be opened: {error.strerror}", "check the folder and its permissions"
+            ) from error
+        url = URL.create("sqlite", database=str(file))
+        self._engine = create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S})
         event.listen(self._engine, "connect", _configure_connection)
         event.listen(self._engine, "begin", _begin_immediately)
         with self._guard():
             metadata.create_all(self._engine)
-        file.chmod(0o600)
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
         """One serialised transaction: committed durably at the end of the block, undone by any exception.
 
         Raises:
-            UnavailableError: the database is locked, read-only, full or gone.
+            UnavailableError: the database is locked, busy, read-only, full, damaged or gone.
         """
         with self._guard(), self._engine.begin() as connection:
             yield connection
@@ -219,9 +229,10 @@ class Database:
     def _guard(self) -> Iterator[None]:
         try:
             yield
-        except OperationalError as error:
+        except (DBAPIError, PoolTimeoutError) as error:
+            cause = getattr(error, "orig", None) or type(error).__name__
             raise UnavailableError(
-                f"the state database refused: {error.orig}", "free the disk or the lock; nothing was changed"
+                f"the state database refused: {cause}", "free the disk or the lock; nothing was changed"
             ) from error
 
     def close(self) -> None:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from cloister.canonical import b64, unb64
-from cloister.errors import IntegrityError, NotFoundError
+from cloister.errors import InputError, IntegrityError, NotFoundError
 from cloister.sealing.envelope import KEY_BYTES, new_key, unwrap_key, wrap_key
 from cloister.sealing.stream import open_sealed, seal
 from cloister.stores.files import private_directory, read_json, write_atomic, write_json
 
+_FORMAT = "cloister.dev/keyring/v1"
 _KEK_LABEL = b"cloister.dev/keyring/v1/kek"
 
 
@@ -52,7 +53,7 @@ class EmbeddedKeys:
             write_atomic(root_file, os.urandom(KEY_BYTES), replace=False)
             self._root = root_file.read_bytes()
             ring = {
-                "format": "cloister.dev/keyring/v1",
+                "format": _FORMAT,
                 "kek": b64(wrap_key(self._root, new_key(), _KEK_LABEL)),
                 "secrets": {},
             }
@@ -62,8 +63,19 @@ class EmbeddedKeys:
                 f"the root key {root_file} is missing or damaged", "restore it: without it no key opens"
             )
         self._root = root_file.read_bytes()
-        self._ring = read_json(self._ring_file, what="key ring", hint=f"restore {self._ring_file} from a backup")
+        self._ring = self._read_ring()
         self._kek = unwrap_key(self._root, unb64(self._ring["kek"]), _KEK_LABEL)
+
+    def _read_ring(self) -> dict[str, Any]:
+        hint = f"restore {self._ring_file} from a backup: without it no key opens"
+        try:
+            ring = read_json(self._ring_file, what="key ring", hint=hint)
+            known = ring["format"] == _FORMAT and isinstance(ring["kek"], str) and isinstance(ring["secrets"], dict)
+        except (NotFoundError, InputError, KeyError, TypeError):
+            known = False
+        if not known:
+            raise IntegrityError(f"the key ring {self._ring_file} is missing, damaged or of an unknown version", hint)
+        return dict(ring)
 
     def wrap(self, key: bytes, associated_data: bytes) -> bytes:
         return wrap_key(self._kek, key, associated_data)

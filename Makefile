@@ -1,0 +1,45 @@
+# Every target makes .venv from the lock by itself. `make demo` is the whole story; `make test` proves it.
+#
+#   make CUDA=1 …             also install the CUDA libraries that torch's GPU build needs
+#   make PYTHON=python3.12 …  another interpreter, 3.11 or newer
+
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(if $(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo yes),$(p))))
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed$(if $(CUDA),-cuda)
+
+.PHONY: demo test test-fast lint bench lock clean
+.DEFAULT_GOAL := demo
+
+demo: $(STAMP)
+	$(BIN)/cloister demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/adult_accuracy.py
+
+lock: $(STAMP)
+	$(BIN)/python -m pip install --quiet pip-tools
+	$(BIN)/python tools/lock.py
+
+$(STAMP): requirements.lock requirements-cuda.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer"; echo "hint:  install one, or name it: make PYTHON=…"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock $(if $(CUDA),-r requirements-cuda.lock)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@$(BIN)/python -c 'import torch' 2>/dev/null || { echo "error: torch does not load: pip found its GPU build here"; echo "hint:  make CUDA=1, or let pip find a CPU build of torch 2.13.0 (see README, Installing)"; exit 1; }
+	@touch $@
+
+clean:
+	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache

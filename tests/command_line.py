@@ -1,0 +1,73 @@
+"""The real command line on a home of its own: real processes, real TLS, real files."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+ADULT = ROOT / "jobs" / "examples" / "adult"
+PEOPLE = {"olga": "data-owner", "ed": "engineer", "rita": "reviewer", "carl": "consumer", "aud": "auditor"}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class CommandLine:
+    """Runs `cloister` with one `CLOISTER_HOME`."""
+
+    home: Path
+
+    def run(self, *words: str | Path, who: str = "operator", timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("CLOISTER_")}
+        return subprocess.run(
+            [sys.executable, "-m", "cloister.cli", *map(str, words)],
+            env=environment | {"CLOISTER_HOME": str(self.home), "CLOISTER_AS": who},
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            cwd=ROOT,
+        )
+
+    def json(self, *words: str | Path, who: str = "operator", timeout_s: float = 120) -> Any:
+        done = self.run(*words, "--json", who=who, timeout_s=timeout_s)
+        assert done.returncode == 0, f"cloister {words}: {done.stdout}{done.stderr}"
+        return json.loads(done.stdout)
+
+    def refused(self, *words: str | Path, who: str = "operator", timeout_s: float = 120) -> str:
+        """Standard error of a command that must be refused as every refusal is: two lines, exit code 1."""
+        done = self.run(*words, who=who, timeout_s=timeout_s)
+        assert done.returncode == 1, f"cloister {words}: {done.returncode} {done.stdout}{done.stderr}"
+        error, hint = done.stderr.splitlines()
+        assert error.startswith("error: ") and len(error) > 15
+        assert hint.startswith("hint:  ") and len(hint) > 10
+        assert "Traceback" not in done.stdout + done.stderr
+        return done.stderr
+
+    def up(self) -> None:
+        self.json("up", "--port", str(free_port()))
+        for name, role in PEOPLE.items():
+            self.json("identity", "add", name, "--role", role)
+
+    def seal_adult(self) -> None:
+        self.json("data", "seal", ADULT / "adult.csv.gz", "--schema", ADULT / "schema.yaml", who="olga")
+        self.json("budget", "set", "adult", "--epsilon", "7", "--delta", "3e-5", who="olga")
+
+    def log_size(self) -> int:
+        return int(self.json("audit", "search", "--limit", "1")[-1]["index"]) + 1
+
+    def budget_left(self) -> float:
+        return float(self.json("budget", "show", "adult", who="olga")["epsilon_left"])
+
+    def blobs(self) -> set[Path]:
+        return {path for path in (self.home / "authority" / "blobs").rglob("*") if path.is_file()}
