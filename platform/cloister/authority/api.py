@@ -1,7 +1,8 @@
 """The authority over HTTP: thin routes, one for each method of the service.
 
-Guarantees: every route but the four marked public demands a valid access token; bodies are validated by pydantic and
-limited in size; an error is `{"error", "hint", "kind"}` with the error's own status, never a traceback or a value.
+Guarantees: every path but those in `PUBLIC` demands a valid access token, before a byte of the body is read; bodies
+are validated by pydantic and limited in size; an error is `{"error", "hint", "kind"}` with the error's own status,
+never a traceback or a value, neither in the answer nor in the process's log.
 """
 
 from __future__ import annotations
@@ -26,10 +27,17 @@ MAX_BODY_BYTES = 16 * 1024 * 1024
 JWT_BEARER = "urn:ietf:params:oauth:grant-type:jwt-bearer"  # RFC 7523 section 8.1
 _log = logging.getLogger("cloister.authority")
 
+PUBLIC = frozenset({"/v1/health", "/v1/info", "/v1/checkpoint", "/v1/token", "/v1/openapi.json"})
+
 Name = Annotated[str, Field(min_length=1, max_length=63)]
+Version = Annotated[int, Field(ge=1, le=999_999_999)]
+Step = Annotated[int, Field(ge=0, le=1_000_000_000)]
 Pem = Annotated[str, Field(min_length=1, max_length=4096)]
 Base64 = Annotated[str, Field(max_length=8 * 1024 * 1024)]
-Digest = Annotated[str, Field(min_length=64, max_length=80)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+CodeDigest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
+MetricName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Body(BaseModel):
@@ -42,14 +50,27 @@ class NewIdentity(Body):
     public_key: Pem
 
 
+class Signature(Body):
+    keyid: Annotated[str, Field(max_length=128)] = ""
+    sig: Annotated[str, Field(max_length=256)]
+
+
+class Envelope(Body):
+    """DSSE v1.0.2."""
+
+    payload: Base64
+    payloadType: Annotated[str, Field(max_length=100)]  # noqa: N815  (DSSE's name)
+    signatures: Annotated[list[Signature], Field(min_length=1, max_length=8)]
+
+
 class SealedDataset(Body):
-    envelope: dict[str, Any]
+    envelope: Envelope
     sealed_keys: Base64
 
 
 class Budget(Body):
-    epsilon: float = Field(allow_inf_nan=False)
-    delta: float = Field(allow_inf_nan=False)
+    epsilon: Finite
+    delta: Finite
 
 
 class Spec(Body):
@@ -57,48 +78,48 @@ class Spec(Body):
 
 
 class NewRun(Spec):
-    code_digest: Digest
+    code_digest: CodeDigest
     public_key: Pem
 
 
 class LeaseRequest(Body):
     rank: int = Field(ge=0, le=4096)
     public_key: Base64
-    code_digest: Digest
+    code_digest: CodeDigest
 
 
 class Block(Body):
-    first: int = Field(ge=0)
-    last: int = Field(ge=1)
+    first: Step
+    last: Step
 
 
 class Progress(Body):
-    steps_done: int = Field(ge=0)
+    steps_done: Step
     rows_per_s: float = Field(ge=0, allow_inf_nan=False)
 
 
 class TrainedModel(Body):
     manifest: Base64
-    model_sha256: Digest
+    model_sha256: Sha256
     blob: Annotated[str, Field(max_length=300)]
-    blob_sha256: Digest
-    metrics: dict[str, float]
+    blob_sha256: Sha256
+    metrics: Annotated[dict[MetricName, Finite], Field(max_length=64)]
 
 
 class Failure(Body):
-    error: dict[str, Any]
+    error: dict[str, str]
 
 
 class Vote(Body):
-    envelope: dict[str, Any]
+    envelope: Envelope
 
 
 class NewEndpoint(Body):
     model: Name
     public_key: Pem
     csr: Pem
-    quota_requests: int
-    quota_window_s: int
+    quota_requests: int = Field(ge=1, le=10_000_000)
+    quota_window_s: int = Field(ge=1, le=86_400)
 
 
 class ModelLeaseRequest(Body):
@@ -111,9 +132,8 @@ class QuotaRequest(Body):
 
 
 def _caller(request: Request) -> Caller:
-    authority: Authority = request.app.state.authority
-    source = request.client.host if request.client else "unknown"
-    return authority.identities.authenticate(request.headers.get("authorization"), source)
+    caller: Caller = request.state.caller  # `Gate` put it there; on a public path there is none, which is an error
+    return caller
 
 
 # At module level, because FastAPI resolves annotations there.
@@ -125,11 +145,10 @@ def create_app(authority: Authority) -> FastAPI:
     app = FastAPI(
         title="Cloister authority", version="1", docs_url=None, redoc_url=None, openapi_url="/v1/openapi.json"
     )
-    app.add_middleware(BodyLimit)
+    app.add_middleware(Gate, authority=authority)
     _handle_errors(app)
     _public_routes(app, authority)
 
-    app.state.authority = authority
     identities, datasets, runs = authority.identities, authority.datasets, authority.runs
     models, endpoints, log = authority.models, authority.endpoints, authority.log
 
@@ -154,10 +173,10 @@ def create_app(authority: Authority) -> FastAPI:
 
     @route("POST", "/datasets")
     def register_dataset(c: Who, body: SealedDataset) -> Any:
-        return datasets.register(c, body.envelope, unb64(body.sealed_keys))
+        return datasets.register(c, body.envelope.model_dump(), unb64(body.sealed_keys))
 
     @route("GET", "/datasets/{name}/versions/{version}")
-    def show_dataset(c: Who, name: Name, version: int) -> Any:
+    def show_dataset(c: Who, name: Name, version: Version) -> Any:
         return datasets.show(c, name, version) | {"blobs": datasets.blobs_url}
 
     @route("GET", "/datasets/{name}/budget")
@@ -215,15 +234,15 @@ def create_app(authority: Authority) -> FastAPI:
         return models.list(c)
 
     @route("GET", "/models/{name}/versions/{version}")
-    def show_model(c: Who, name: Name, version: int) -> Any:
+    def show_model(c: Who, name: Name, version: Version) -> Any:
         return models.show(c, name, version) | {"blobs": datasets.blobs_url}
 
     @route("POST", "/models/{name}/versions/{version}/promotion")
-    def promote(c: Who, name: Name, version: int) -> Any:
+    def promote(c: Who, name: Name, version: Version) -> Any:
         return models.promote(c, name, version)
 
     @route("POST", "/models/{name}/versions/{version}/export")
-    def export_model(c: Who, name: Name, version: int, body: ModelLeaseRequest) -> Any:
+    def export_model(c: Who, name: Name, version: Version, body: ModelLeaseRequest) -> Any:
         return models.export(c, name, version, unb64(body.public_key)) | {"blobs": datasets.blobs_url}
 
     @route("GET", "/approvals")
@@ -232,7 +251,7 @@ def create_app(authority: Authority) -> FastAPI:
 
     @route("POST", "/approvals/{approval}/votes")
     def vote(c: Who, approval: Name, body: Vote) -> Any:
-        return models.vote(c, approval, body.envelope)
+        return models.vote(c, approval, body.envelope.model_dump())
 
     @route("POST", "/endpoints")
     def deploy(c: Who, body: NewEndpoint) -> Any:
@@ -299,38 +318,76 @@ def _public_routes(app: FastAPI, authority: Authority) -> None:
         """Public: the assertion is the proof (RFC 7523)."""
         if grant_type != JWT_BEARER:
             raise InputError("the only grant type is the JWT bearer grant", f"send grant_type={JWT_BEARER}")
-        source = request.client.host if request.client else "unknown"
-        return authority.identities.token(assertion, resource, source)
+        return authority.identities.token(assertion, resource, _source(request))
 
 
-class BodyLimit:
-    """Refuses a body over `MAX_BODY_BYTES` by its stated length, and one without a stated length altogether."""
+class Gate:
+    """What every request passes first: token, then size. Outermost, so that no exception reaches the server's log.
 
-    def __init__(self, app: Any) -> None:
+    A body must state its length: over `MAX_BODY_BYTES`, in chunks or without a length it is refused.
+    """
+
+    def __init__(self, app: Any, authority: Authority) -> None:
         self._app = app
+        self._identities = authority.identities
 
     async def __call__(
         self, scope: Any, receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Awaitable[None]]
     ) -> None:
-        if scope["type"] == "http" and scope["method"] not in ("GET", "HEAD"):
-            headers = dict(scope["headers"])
-            length = headers.get(b"content-length", b"0" if b"transfer-encoding" not in headers else b"")
-            if not length.isdigit() or int(length) > MAX_BODY_BYTES:
-                error = InputError(
-                    "the request body is too large or of unknown length", "send less, with Content-Length"
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        answer: Response | None = None
+        started = False
+
+        async def watched(message: Any) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            request = Request(scope)
+            if scope["path"] not in PUBLIC:
+                request.state.caller = self._identities.authenticate(
+                    request.headers.get("authorization"), _source(request)
                 )
-                await JSONResponse(error.to_dict(), status_code=413)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
+            if _too_large(request):
+                refused = InputError("the request body is too large or of unknown length", "send less, with its length")
+                answer = JSONResponse(refused.to_dict(), status_code=413)
+            else:
+                await self._app(scope, receive, watched)
+        except CloisterError as error:
+            answer = _error_response(error)
+        except Exception as error:  # noqa: BLE001  (only the type: the text of a foreign exception may hold anything)
+            _log.error("unexpected %s", type(error).__name__)
+            answer = JSONResponse(describe(error), status_code=500)
+        if answer is not None and not started:
+            await answer(scope, receive, send)
+
+
+def _source(request: Request) -> str:
+    return request.client.host if request.client else "unknown"
+
+
+def _too_large(request: Request) -> bool:
+    if request.method in ("GET", "HEAD"):
+        return False
+    length = request.headers.get("content-length", "0")
+    plain = length.isascii() and length.isdigit() and len(length) < 20
+    return "transfer-encoding" in request.headers or not plain or int(length) > MAX_BODY_BYTES
+
+
+def _error_response(error: CloisterError) -> Response:
+    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
+    if isinstance(error, QuotaExceededError):
+        headers["Retry-After"] = str(error.retry_after_s)
+    return JSONResponse(error.to_dict(), status_code=error.status, headers=headers)
 
 
 def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(CloisterError)
     def ours(_request: Request, error: CloisterError) -> Response:
-        headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
-        if isinstance(error, QuotaExceededError):
-            headers["Retry-After"] = str(error.retry_after_s)
-        return JSONResponse(error.to_dict(), status_code=error.status, headers=headers)
+        return _error_response(error)
 
     @app.exception_handler(RequestValidationError)
     def invalid(_request: Request, error: RequestValidationError) -> Response:
@@ -342,9 +399,3 @@ def _handle_errors(app: FastAPI) -> None:
     def http(_request: Request, error: HTTPException) -> Response:
         refused = CloisterError(f"the server answered {error.status_code}", "see /v1/openapi.json")
         return JSONResponse(refused.to_dict(), status_code=error.status_code)
-
-    @app.exception_handler(Exception)
-    def unexpected(_request: Request, error: Exception) -> Response:
-        # Only the type: the text of a foreign exception may hold anything.
-        _log.error("unexpected %s", type(error).__name__)
-        return JSONResponse(describe(error), status_code=500)

@@ -160,7 +160,7 @@ class Datasets:
                     "a budget has 0 < epsilon <= 100 and 0 < delta < 0.01", "see `cloister budget set --help`"
                 )
             charged = charged_so_far(act.connection, name)
-            if epsilon < charged[0] or delta < charged[1]:
+            if epsilon * (1 + 1e-9) < charged[0] or delta * (1 + 1e-9) < charged[1]:  # sums of decimal fractions
                 raise BudgetError(
                     f"{name} has spent or holds epsilon {charged[0]:.3f} already",
                     "a budget cannot be below what is spent",

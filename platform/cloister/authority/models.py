@@ -54,13 +54,12 @@ class Models:
             ConflictError: the run is not training, or it has steps left.
             InputError: the manifest is not about this run, or the blob is not in its folder.
         """
-        manifest = ModelManifest.from_bytes(manifest_bytes)
         with self._core.action(caller, "run:work", step="register") as act:
             row = load_run(act.connection, run)
             act.allow(run_resource(row))
             if row.state != "training" or row.steps_committed != row.plan["steps"]:
                 raise ConflictError(f"{run} is {row.state} after {row.steps_committed} steps", "submit a new run")
-            spec = TrainingSpec.parse(row.spec)
+            manifest, spec = ModelManifest.from_bytes(manifest_bytes), TrainingSpec.parse(row.spec)
             about = (manifest.run, manifest.dataset, manifest.name, manifest.label)
             if about != (run, spec.dataset, spec.model_name, spec.label):
                 raise InputError("the model manifest is about another run", "export the model of this run")

@@ -24,6 +24,7 @@ from cloister.stores.home import HOME_VARIABLE
 from cloister.training.run import RunFolder
 
 POLL_S = 0.3
+FAREWELL_S = 5.0  # for whoever follows the job with `ray job submit`, to read that it is over
 # Gloo must not choose an outside interface, and one thread a rank keeps two ranks out of each other's way.
 JOB_ENVIRONMENT = {
     "GLOO_SOCKET_IFNAME": "lo",
@@ -126,9 +127,14 @@ def _follow(jobs: JobSubmissionClient, job: str | None, folder: RunFolder) -> No
                 if status != JobStatus.SUCCEEDED:
                     raise UnavailableError("the training job failed", f"cloister train status {folder.run}")
                 return
-        elif client.get(f"/v1/runs/{folder.run}")["state"] in _ENDED:
+        elif client.get(f"/v1/runs/{folder.run}")["state"] in _ENDED and _all_over(jobs):
+            time.sleep(FAREWELL_S)
             return
         time.sleep(POLL_S)
+
+
+def _all_over(jobs: JobSubmissionClient) -> bool:
+    return all(job.status.is_terminal() for job in jobs.list_jobs())
 
 
 def main() -> int:

@@ -1,0 +1,352 @@
+"""A small true authority for tests: real keys, real tokens, the real HTTP application, a sealed slice of a real table.
+
+What a test needs twice is here: people, a dataset, a run that is driven to a registered model without Ray, and
+`still`, which holds that nothing but the log has changed.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import func, insert, select
+from starlette.testclient import TestClient
+
+from cloister.audit.event import Event
+from cloister.authority.api import create_app
+from cloister.authority.core import Caller
+from cloister.authority.service import Authority
+from cloister.canonical import b64, sha256_hex
+from cloister.client.authority import AUTHORITY_AUDIENCE, JWT_BEARER, AuthorityClient, TrainingLease
+from cloister.client.seal import seal_dataset
+from cloister.datasets.schema import DatasetSchema
+from cloister.models.manifest import ModelManifest
+from cloister.models.release import APPROVAL_PREDICATE
+from cloister.sealing.lease import OneTimeKey
+from cloister.sealing.stream import seal
+from cloister.signing import certificates, dsse, keys, tokens
+from cloister.stores.blobs import FolderBlobs
+from cloister.stores.database import log_entries, metadata
+
+ADULT = Path(__file__).parents[1] / "jobs" / "examples" / "adult"
+ROWS, SHARDS = 400, 3
+URL = "https://127.0.0.1:8443"
+CODE = "sha256:" + "c0de" * 16
+EPSILON, DELTA = 3.0, 1e-5
+STEPS = 10
+ROLES = {
+    "operator": ["operator"], "olga": ["data-owner"], "otto": ["data-owner"], "ed": ["engineer"], "eve": ["engineer"],
+    "rita": ["reviewer"], "rob": ["reviewer", "engineer"], "carl": ["consumer"], "ada": ["auditor"],
+}  # fmt: skip
+
+
+@dataclass
+class Person:
+    """Somebody, or a workload, with an Ed25519 key of their own."""
+
+    name: str
+    roles: list[str]
+    key: Any = field(default_factory=keys.generate_ed25519)
+
+    @property
+    def private(self) -> bytes:
+        return keys.private_to_pem(self.key)
+
+    @property
+    def public(self) -> str:
+        return keys.public_to_pem(self.key.public_key()).decode()
+
+
+class Clock:
+    """The true time, moved by `offset` seconds."""
+
+    offset = 0.0
+
+    def __call__(self) -> float:
+        return time.time() + self.offset
+
+
+def rows_of_adult(count: int = ROWS) -> bytes:
+    """The header and the first rows of the real table, as CSV."""
+    with gzip.open(ADULT / "adult.csv.gz", "rt") as file:
+        return "".join(next(file) for _ in range(count + 1)).encode()
+
+
+def adult_schema(**changes: Any) -> DatasetSchema:
+    return DatasetSchema.from_mapping(
+        DatasetSchema.from_yaml_text((ADULT / "schema.yaml").read_text()).to_dict() | changes
+    )
+
+
+def training_spec(**changes: Any) -> dict[str, Any]:
+    """One plan for all tests, since making one takes seconds: 10 steps over the slice."""
+    return {
+        "dataset": "adult@1", "label": "income-per-year", "model": {"architecture": "mlp", "hidden": [4]},
+        "privacy": {"epsilon": EPSILON, "delta": DELTA}, "resources": {"workers": 2, "region": "eu"},
+        "training": {"epochs": 2, "expected_batch_size": 64, "learning_rate": 0.01}, "purpose": "income-research",
+    } | changes  # fmt: skip
+
+
+class World:
+    """`people` by name; `http` speaks to the application; `still()` guards what must not change."""
+
+    def __init__(self, directory: Path, people: Mapping[str, Person] | None = None) -> None:
+        self.clock = Clock()
+        self.authority = Authority(directory, url=URL, clock=self.clock)
+        self.app = create_app(self.authority)
+        self.http = TestClient(self.app, base_url=URL, raise_server_exceptions=False)
+        self.people = dict(people or {name: Person(name, roles) for name, roles in ROLES.items()})
+        self._tokens: dict[tuple[str, str], str] = {}
+
+    @property
+    def directory(self) -> Path:
+        return self.authority.directory
+
+    def register_everybody(self) -> None:
+        self.authority.identities.bootstrap("operator", self.people["operator"].public)
+        for person in self.people.values():
+            if person.name != "operator":
+                body = {"name": person.name, "roles": person.roles, "public_key": person.public}
+                assert self.post("operator", "/v1/identities", body)["name"] == person.name
+
+    # ---- speaking to it ----
+
+    def assertion(self, name: str, *, key: bytes | None = None, **changes: Any) -> str:
+        said: dict[str, Any] = {"subject": name, "audience": URL, "now": self.clock()}
+        return tokens.issue_assertion(key or self.people[name].private, **(said | changes))
+
+    def exchange(self, assertion: str, audience: str = AUTHORITY_AUDIENCE) -> Any:
+        form = {"grant_type": JWT_BEARER, "assertion": assertion, "resource": audience}
+        return self.http.post("/v1/token", data=form)
+
+    def token(self, name: str, audience: str = AUTHORITY_AUDIENCE) -> str:
+        if (name, audience) not in self._tokens:
+            answer = self.exchange(self.assertion(name), audience)
+            assert answer.status_code == 200, answer.text
+            self._tokens[name, audience] = answer.json()["access_token"]
+        return self._tokens[name, audience]
+
+    def ask(self, name: str, method: str, path: str, body: Any = None, **options: Any) -> Any:
+        """The raw answer to a request of `name`, in JSON. A 500 is a fault in whatever test it happens."""
+        if body is not None:
+            options["json"] = body
+        answer = self.http.request(method, path, headers={"Authorization": f"Bearer {self.token(name)}"}, **options)
+        assert answer.status_code != 500, f"{method} {path}: {answer.text}"
+        return answer
+
+    def get(self, name: str, path: str) -> Any:
+        answer = self.ask(name, "GET", path)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def post(self, name: str, path: str, body: Any = None) -> Any:
+        answer = self.ask(name, "POST", path, body if body is not None else {})
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def refused(self, status: int, name: str, method: str, path: str, body: Any = None) -> str:
+        """The kind of the error that the request is refused with."""
+        answer = self.ask(name, method, path, body)
+        assert answer.status_code == status, answer.text
+        assert answer.json().keys() == {"error", "hint", "kind"}
+        return str(answer.json()["kind"])
+
+    def client(self, name: str) -> AuthorityClient:
+        """The real client of `name`, its connection led into the application."""
+        client = AuthorityClient(
+            URL, ca_path=self.directory / "ca.pem", name=name, private_key_pem=self.people[name].private
+        )
+        client.close()
+        client._http = self.http
+        return client
+
+    def caller(self, name: str) -> Caller:
+        return Caller(name=name, roles=frozenset(self.people[name].roles), source="test")
+
+    # ---- what is there ----
+
+    def counts(self) -> dict[str, int]:
+        with self.authority.core.database.transaction() as connection:
+            return {
+                name: int(connection.execute(select(func.count()).select_from(table)).scalar_one())
+                for name, table in metadata.tables.items()
+            }
+
+    def content(self) -> dict[str, list[Any]]:
+        """Every row of every table but the log's and the used assertions'."""
+        skipped = {"log_entries", "log_checkpoints", "used_assertions"}
+        with self.authority.core.database.transaction() as connection:
+            return {
+                name: sorted(map(repr, connection.execute(select(table)).all()))
+                for name, table in metadata.tables.items()
+                if name not in skipped
+            }
+
+    def log(self) -> list[Event]:
+        with self.authority.core.database.transaction() as connection:
+            rows = connection.execute(select(log_entries.c.entry).order_by(log_entries.c["index"])).scalars().all()
+        return [Event.from_bytes(row) for row in rows]
+
+    @contextmanager
+    def still(self, outcome: str | None = "failure", entries: int = 1) -> Iterator[None]:
+        """Nothing changes but the log, which gains `entries` entries, the last with `outcome`."""
+        before, size = self.content(), len(self.log())
+        yield
+        assert self.content() == before
+        log = [entry for entry in self.log()[size:] if entry.action != "token:issue"]
+        assert [entry.outcome for entry in log] == [outcome] * entries
+
+    @contextmanager
+    def recorded(self, actor: str, action: str, outcome: str = "success") -> Iterator[None]:
+        """The log gains exactly one entry, this one (and those of the tokens that were needed)."""
+        size = len(self.log())
+        yield
+        log = [entry for entry in self.log()[size:] if entry.action != "token:issue"]
+        assert [(entry.actor, entry.action, entry.outcome) for entry in log] == [(actor, action, outcome)]
+
+    def budget(self, name: str = "adult") -> dict[str, Any]:
+        return dict(self.get("operator", f"/v1/datasets/{name}/budget"))
+
+    # ---- journeys ----
+
+    def seal(self, owner: str = "olga", **schema: Any) -> dict[str, Any]:
+        return seal_dataset(
+            self.client(owner), self.people[owner].private, rows_of_adult(), adult_schema(**schema),
+            shards=SHARDS, holdout=0.2,
+        )  # fmt: skip
+
+    def set_budget(self, epsilon: float = 10.0, delta: float = 1e-4, owner: str = "olga") -> None:
+        answer = self.ask(owner, "PUT", "/v1/datasets/adult/budget", {"epsilon": epsilon, "delta": delta})
+        assert answer.status_code == 200, answer.text
+
+    def submit(self, author: str = "ed", **spec: Any) -> str:
+        """A run, whose workload is one of `people` from now on."""
+        workload = Person("new", ["run"])
+        body = {"spec": training_spec(**spec), "code_digest": CODE, "public_key": workload.public}
+        workload.name = self.post(author, "/v1/runs", body)["run"]
+        self.people[workload.name] = workload
+        return workload.name
+
+    def lease(self, run: str, rank: int = 0) -> TrainingLease:
+        return self.client(run).lease_shards(run, rank, CODE)
+
+    def commit(self, run: str, first: int = 0, last: int = STEPS) -> None:
+        self.post(run, f"/v1/runs/{run}/blocks", {"first": first, "last": last})
+
+    def model_body(self, run: str, lease: TrainingLease, model: bytes = b"small", **facts: Any) -> dict[str, Any]:
+        """Seal and upload `model` as rank 0 does; the body that registers it."""
+        assert lease.model_key is not None
+        known = {
+            "name": "adult", "run": run, "dataset": "adult@1", "label": "income-per-year", "labels": ("<=50K", ">50K"),
+            "features": ({"name": "age", "type": "integer", "class": "confidential", "bounds": [16, 100]},),
+            "architecture": {"architecture": "mlp"},
+        }  # fmt: skip
+        sealed = seal(lease.model_key, model, lease.seal_context)
+        path = f"models/{run}/{os.urandom(4).hex()}.onnx.sealed"
+        FolderBlobs.from_url(lease.blobs).put(path, sealed)
+        return {
+            "manifest": b64(ModelManifest.model_validate(known | facts).to_bytes()), "model_sha256": sha256_hex(model),
+            "blob": path, "blob_sha256": sha256_hex(sealed), "metrics": {"holdout_accuracy": 0.5},
+        }  # fmt: skip
+
+    def train(self, author: str = "ed", model: bytes = b"small") -> str:
+        """Drive a run to a registered candidate; returns the run."""
+        run = self.submit(author)
+        lease = self.lease(run)
+        self.commit(run)
+        self.post(run, f"/v1/runs/{run}/model", self.model_body(run, lease, model))
+        return run
+
+    def promote(self, version: int = 1, name: str = "ed") -> Any:
+        return self.ask(name, "POST", f"/v1/models/adult/versions/{version}/promotion")
+
+    def approval(self, version: int = 1) -> dict[str, Any]:
+        """The open request for a version, asked for if need be."""
+        self.promote(version)
+        wanted = f"adult@{version}"
+        return next(a for a in self.get("ed", "/v1/approvals") if a["model"] == wanted)
+
+    def vote_body(self, name: str, request: Mapping[str, Any], *, key: Any = None, **changes: Any) -> dict[str, Any]:
+        said = {
+            "approval": request["approval"], "person": name, "decision": "approve", "stage": "production",
+            "expires": int(request["expires"]),
+        } | changes  # fmt: skip
+        statement = dsse.statement(request["model"], request["root_digest"], APPROVAL_PREDICATE, said)
+        return {"envelope": dsse.sign(statement, key or self.people[name].key)}
+
+    def vote(self, name: str, request: Mapping[str, Any], **changes: Any) -> Any:
+        path = f"/v1/approvals/{request['approval']}/votes"
+        return self.ask(name, "POST", path, self.vote_body(name, request, **changes))
+
+    def release(self, version: int = 1) -> None:
+        """Approve a candidate and put it into production."""
+        assert self.vote("rita", self.approval(version)).status_code == 200
+        assert self.promote(version).status_code == 200
+
+    def deploy_body(self, workload: Person, quota: int = 100, window_s: int = 60) -> dict[str, Any]:
+        csr = certificates.signing_request(certificates.new_private_key(), "endpoint").decode()
+        return {"model": "adult", "public_key": workload.public, "csr": csr,
+                "quota_requests": quota, "quota_window_s": window_s}  # fmt: skip
+
+    def deploy(self, quota: int = 100, window_s: int = 60) -> str:
+        workload = Person("new", ["endpoint"])
+        workload.name = self.post("operator", "/v1/endpoints", self.deploy_body(workload, quota, window_s))["endpoint"]
+        self.people[workload.name] = workload
+        return workload.name
+
+
+def lease_body(rank: int = 0, code: str = CODE, key: bytes | None = None) -> dict[str, Any]:
+    public = key if key is not None else OneTimeKey.generate().public
+    return {"rank": rank, "public_key": b64(public), "code_digest": code}
+
+
+def receiver() -> dict[str, str]:
+    return {"public_key": b64(OneTimeKey.generate().public)}
+
+
+def fill(world: World, table: Any, **values: Any) -> None:
+    """A row by the back door."""
+    with world.authority.core.database.transaction() as connection:
+        connection.execute(insert(table).values(**values))
+
+
+def error_of(answer: Any) -> str:
+    return str(json.loads(answer.text)["kind"])
+
+
+@pytest.fixture(scope="session")
+def sealed_template(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Person]]:
+    """An authority with everybody registered and `adult@1` sealed, closed again."""
+    world = World(tmp_path_factory.mktemp("template") / "authority")
+    world.register_everybody()
+    world.seal()
+    world.set_budget()
+    world.authority.close()
+    return world.directory, world.people
+
+
+@pytest.fixture
+def world(sealed_template: tuple[Path, dict[str, Person]], tmp_path: Path) -> Iterator[World]:
+    """A copy of the template: everybody registered, `adult@1` sealed, a budget of epsilon 10."""
+    shutil.copytree(sealed_template[0], tmp_path / "authority")
+    world = World(tmp_path / "authority", sealed_template[1])
+    yield world
+    world.authority.close()
+
+
+@pytest.fixture
+def empty_world(tmp_path: Path) -> Iterator[World]:
+    """Everybody registered, nothing else."""
+    world = World(tmp_path / "authority")
+    world.register_everybody()
+    yield world
+    world.authority.close()

@@ -1,0 +1,242 @@
+"""Somebody registers a dataset that is not what it says, or not theirs; or the authority dies halfway."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from authority_world import Person, World, adult_schema
+
+from cloister.authority.data import MANIFEST_PREDICATE
+from cloister.canonical import b64, canonical_json, unb64
+from cloister.datasets.manifest import DatasetManifest
+from cloister.datasets.schema import CLASSES
+from cloister.errors import CloisterError, PermissionDeniedError
+from cloister.sealing import purposes
+from cloister.sealing.envelope import new_key
+from cloister.sealing.lease import seal_to
+from cloister.signing import dsse
+from cloister.stores.blobs import FolderBlobs
+
+OTHER = {"name": "other"}
+
+
+def manifest(name: str = "other", version: int = 1, shards: int = 2) -> dict[str, Any]:
+    """A true manifest of a dataset whose files nobody wrote: registering reads no blob."""
+    schema = adult_schema(name=name)
+    files = [
+        {"shard": shard, "role": "holdout" if shard == "holdout" else "train", "sensitivity": cls, "rows": 100,
+         "columns": [column.name for column in schema.columns_of_class(cls)],
+         "path": f"datasets/{name}/{version}/{shard}.{cls}", "bytes": 10, "sha256": "0" * 64}
+        for shard in [f"train-{index:03d}" for index in range(shards)] + ["holdout"]
+        for cls in CLASSES if schema.columns_of_class(cls)
+    ]  # fmt: skip
+    return {"format": "cloister.dev/dataset/v1", "name": name, "version": version, "parents": [],
+            "dataset_schema": schema.to_dict(), "files": files}  # fmt: skip
+
+
+def body(
+    world: World, facts: dict[str, Any], *, signer: Person | None = None, keys: Any = None, **changes: Any
+) -> dict[str, Any]:
+    """What the owner's machine sends; `changes` name another signed digest, another `sealed_for` or `receiver`."""
+    try:
+        digest = DatasetManifest.model_validate(facts).digest
+    except ValueError:
+        digest = "sha256:" + "0" * 64
+    if keys is None:
+        keys = {f"{file['shard']}/{file['sensitivity']}": b64(new_key()) for file in facts["files"]}
+    plain = keys if isinstance(keys, bytes) else canonical_json(keys)
+    subject = changes.get("signed_digest", digest.removeprefix("sha256:"))
+    statement = dsse.statement(facts["name"], subject, changes.get("predicate", MANIFEST_PREDICATE), facts)
+    sealed = seal_to(world.authority.receiving_public, plain, purposes.data_keys(changes.get("sealed_for", digest)))
+    return {"envelope": dsse.sign(statement, (signer or world.people["olga"]).key), "sealed_keys": b64(sealed)}
+
+
+def test_a_true_version_is_taken_whole_and_on_record(world: World) -> None:
+    with world.recorded("olga", "dataset:seal"):
+        assert world.post("olga", "/v1/datasets", body(world, manifest()))["dataset"] == "other@1"
+    assert world.counts()["datasets"] == 2
+    entry = world.log()[-1]
+    assert (entry.resource, entry.details["rows"]) == ("Dataset/other@1", 200)
+
+
+@pytest.mark.parametrize("version", [1, 3, 7])
+def test_a_taken_or_skipped_version_is_a_conflict(world: World, version: int) -> None:
+    with world.still():
+        assert world.refused(409, "olga", "POST", "/v1/datasets", body(world, manifest("adult", version)))
+
+
+def test_a_manifest_signed_with_another_key_is_refused(world: World) -> None:
+    for signer in (Person("olga", []), world.people["otto"]):
+        with world.still():
+            world.refused(422, "olga", "POST", "/v1/datasets", body(world, manifest(), signer=signer))
+
+
+def test_an_edited_manifest_is_refused(world: World) -> None:
+    sent = body(world, manifest())
+    payload = unb64(sent["envelope"]["payload"])
+    sent["envelope"]["payload"] = b64(payload.replace(b'"rows":100', b'"rows":900'))
+    with world.still():
+        world.refused(422, "olga", "POST", "/v1/datasets", sent)
+
+
+def test_a_signed_digest_of_another_manifest_is_refused(world: World) -> None:
+    with world.still():
+        world.refused(422, "olga", "POST", "/v1/datasets", body(world, manifest(), signed_digest="1" * 64))
+
+
+def test_a_signed_statement_of_another_kind_is_refused(world: World) -> None:
+    sent = body(world, manifest(), predicate="https://cloister.dev/approval/v1")
+    with world.still():
+        world.refused(422, "olga", "POST", "/v1/datasets", sent)
+
+
+def key_names() -> list[str]:
+    return [f"{file['shard']}/{file['sensitivity']}" for file in manifest()["files"]]
+
+
+GOOD = {name: b64(new_key()) for name in key_names()}
+FIRST = key_names()[0]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {name: key for name, key in GOOD.items() if name != FIRST},
+        GOOD | {"train-009/internal": b64(new_key())},
+        dict.fromkeys(GOOD, b64(new_key())),
+        GOOD | {FIRST: b64(b"short")},
+        GOOD | {FIRST: "***"},
+        GOOD | {FIRST: 7},
+        GOOD | {FIRST: None},
+        {},
+        [1],
+        b"not json",
+        b'{"a": "b", "a": "c"}',
+        canonical_json(GOOD)[:-1] + b',"%s":"%s"}' % (FIRST.encode(), b64(new_key()).encode()),
+    ],
+)
+def test_keys_that_are_not_one_for_each_file_are_refused(world: World, keys: Any) -> None:
+    with world.still():
+        answer = world.ask("olga", "POST", "/v1/datasets", body(world, manifest(), keys=keys))
+    assert answer.status_code in (400, 422)
+    assert not any(key in answer.text for key in GOOD.values())
+
+
+def test_keys_sealed_for_another_manifest_are_refused(world: World) -> None:
+    with world.still():
+        world.refused(422, "olga", "POST", "/v1/datasets", body(world, manifest(), sealed_for="sha256:" + "1" * 64))
+    stolen = body(world, manifest())["sealed_keys"]
+    with world.still():
+        sent = body(world, manifest(version=1, shards=3)) | {"sealed_keys": stolen}
+        world.refused(422, "olga", "POST", "/v1/datasets", sent)
+
+
+def test_nobody_seals_the_next_version_of_anothers_dataset(world: World) -> None:
+    with world.still("denied"):
+        sent = body(world, manifest("adult", 2), signer=world.people["otto"])
+        world.refused(403, "otto", "POST", "/v1/datasets", sent)
+    with world.still("denied"):
+        world.refused(403, "otto", "GET", "/v1/datasets/adult/next")
+    with world.still("denied"):
+        world.refused(403, "otto", "PUT", "/v1/datasets/adult/budget", {"epsilon": 50.0, "delta": 1e-3})
+
+
+def contradictions() -> list[dict[str, Any]]:
+    """Manifests that an owner may sign, but that would make a lease or a plan wrong."""
+    wrong = []
+    for change in (
+        {"sensitivity": "public"},  # a file in a class without columns
+        {"columns": ["race", "sex"]},  # restricted columns in a file of another class
+        {"columns": ["age", "race"]},
+        {"rows": 50},  # fewer rows than its sister files
+        {"role": "holdout"},
+        {"path": "models/run-1/model.onnx.sealed"},
+        {"path": "datasets/adult/1/stolen"},
+        {"path": "datasets/other/../adult/x"},
+        {"path": "/etc/passwd"},
+    ):
+        facts = manifest()
+        facts["files"][0] |= change
+        wrong.append(facts)
+    wrong.append(manifest() | {"files": manifest()["files"][1:]})
+    wrong.append(manifest() | {"files": [*manifest()["files"], manifest()["files"][0]]})
+    wrong.append(manifest() | {"files": [file | {"rows": 0} for file in manifest()["files"]]})
+    wrong.append(manifest() | {"files": [file for file in manifest()["files"] if file["role"] == "holdout"]})
+    wrong.append(manifest() | {"dataset_schema": adult_schema(name="third").to_dict()})
+    wrong.append(manifest() | {"dataset_schema": {"name": "other"}})
+    wrong.append(manifest() | {"name": "Other"})
+    return wrong
+
+
+@pytest.mark.parametrize("facts", contradictions())
+def test_a_manifest_that_contradicts_itself_is_refused(world: World, facts: dict[str, Any]) -> None:
+    with world.still():
+        world.refused(400, "olga", "POST", "/v1/datasets", body(world, facts))
+
+
+def test_a_deeply_nested_manifest_is_no_fault(world: World) -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(150):
+        deep = {"a": deep}
+    with world.still():
+        world.refused(400, "olga", "POST", "/v1/datasets", body(world, manifest() | {"dataset_schema": deep}))
+
+
+def test_a_crash_between_two_writes_leaves_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrap, calls = world.authority.core.keys.wrap, []
+
+    def dying(key: bytes, context: bytes) -> bytes:
+        calls.append(context)
+        if len(calls) == 4:
+            raise OSError("the machine is on fire")
+        return wrap(key, context)
+
+    sent = body(world, manifest())
+    monkeypatch.setattr(world.authority.core.keys, "wrap", dying)
+    with world.still(), pytest.raises(OSError, match="on fire"):
+        world.authority.datasets.register(world.caller("olga"), sent["envelope"], unb64(sent["sealed_keys"]))
+    assert world.log()[-1].reason == "OSError"
+    monkeypatch.undo()
+    world.post("olga", "/v1/datasets", sent)
+
+
+def test_an_action_that_asks_no_policy_does_nothing(world: World) -> None:
+    with world.still("denied"), pytest.raises(PermissionDeniedError), \
+            world.authority.core.action(world.caller("olga"), "dataset:seal") as act:  # fmt: skip
+        act.connection.exec_driver_sql("DELETE FROM datasets")
+
+
+def test_a_refused_seal_leaves_no_blob(world: World) -> None:
+    blobs = FolderBlobs.from_url(world.authority.datasets.blobs_url)
+    before = sorted(blobs.root.rglob("*"))
+    with pytest.raises(CloisterError):
+        world.seal("otto")
+    assert sorted(blobs.root.rglob("*")) == before
+
+
+def test_the_authority_keeps_no_data_key_in_clear(world: World) -> None:
+    keys = {name: new_key() for name in key_names()}
+    sent = body(world, manifest(), keys={name: b64(key) for name, key in keys.items()})
+    world.post("olga", "/v1/datasets", sent)
+    files = b"".join(file.read_bytes() for file in world.directory.rglob("*") if file.is_file())
+    for key in keys.values():
+        assert key not in files
+        assert b64(key).encode() not in files
+
+
+@pytest.mark.parametrize("budget", [(0.0, 1e-5), (-1.0, 1e-5), (101.0, 1e-5), (1.0, 0.0), (1.0, 0.5), (1e308, 1e-5)])
+def test_a_budget_outside_its_range_is_refused(world: World, budget: tuple[float, float]) -> None:
+    with world.still():
+        sent = dict(zip(("epsilon", "delta"), budget, strict=True))
+        world.refused(400, "olga", "PUT", "/v1/datasets/adult/budget", sent)
+
+
+def test_a_budget_is_not_lowered_below_what_is_held(world: World) -> None:
+    world.submit()
+    with world.still():
+        assert world.refused(
+            409, "olga", "PUT", "/v1/datasets/adult/budget", {"epsilon": 2.9, "delta": 1e-4}
+        ) == "BudgetError"  # fmt: skip
+    world.set_budget(3.0, 1e-5)
+    assert world.budget()["epsilon_left"] == 0

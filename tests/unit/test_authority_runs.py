@@ -1,0 +1,341 @@
+"""Somebody tries to train for free, twice, too long, or on rows that are not theirs."""
+
+from __future__ import annotations
+
+import sqlite3
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from authority_world import CODE, DELTA, EPSILON, STEPS, Person, World, adult_schema, lease_body, training_spec
+
+from cloister.authority import runs as runs_module
+from cloister.datasets.schema import DatasetSchema
+from cloister.errors import CloisterError, UnavailableError
+from cloister.sealing.lease import OneTimeKey
+from cloister.stores.database import runs
+
+
+def run_body(**spec: Any) -> dict[str, Any]:
+    return {"spec": training_spec(**spec), "code_digest": CODE, "public_key": Person("new", []).public}
+
+
+def charged(world: World) -> float:
+    return float(world.budget()["epsilon_charged"])
+
+
+# ---- submitting ----
+
+
+def test_the_whole_plan_is_charged_at_submit(world: World) -> None:
+    plan = world.post("ed", "/v1/plans", {"spec": training_spec()})
+    assert (charged(world), plan["budget_after"]) == (0.0, 10.0 - EPSILON)
+    with world.recorded("ed", "train:submit"):
+        run = world.submit()
+    assert charged(world) == EPSILON
+    assert world.budget()["delta_charged"] == DELTA
+    assert world.budget()["history"] == [{"run": run, "author": "ed", "state": "submitted", "epsilon": EPSILON}]
+
+
+def test_a_run_over_budget_is_refused(world: World) -> None:
+    world.set_budget(2.99)
+    with world.still():
+        assert world.refused(409, "ed", "POST", "/v1/runs", run_body()) == "BudgetError"
+    world.set_budget(10.0, DELTA * 1.5)
+    world.submit()
+    with world.still():
+        assert world.refused(409, "ed", "POST", "/v1/runs", run_body()) == "BudgetError"
+
+
+def test_a_dataset_without_a_budget_cannot_be_trained_on(empty_world: World) -> None:
+    empty_world.seal()
+    with empty_world.still():
+        assert empty_world.refused(409, "ed", "POST", "/v1/runs", run_body()) == "BudgetError"
+
+
+def test_decimal_fractions_that_add_up_are_not_refused(world: World) -> None:
+    world.set_budget(9.0, 3e-5)  # 1e-5 + 1e-5 + 1e-5 > 3e-5 in binary
+    for _ in range(3):
+        world.submit()
+    with world.still():
+        assert world.refused(409, "ed", "POST", "/v1/runs", run_body()) == "BudgetError"
+
+
+def test_two_submits_at_once_cannot_both_take_the_last_epsilon(world: World) -> None:
+    world.set_budget(EPSILON * 1.5)
+    ed, bodies = world.caller("ed"), [run_body() for _ in range(6)]
+
+    def submit(body: dict[str, Any]) -> bool:
+        try:
+            world.authority.runs.submit(ed, body["spec"], body["code_digest"], body["public_key"])
+        except CloisterError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(6) as pool:
+        assert sorted(pool.map(submit, bodies)) == [False] * 5 + [True]
+    assert charged(world) == EPSILON
+    assert world.counts()["runs"] == 1
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"training": {"epochs": 1e9, "expected_batch_size": 64, "learning_rate": 0.01}},
+        {"training": {"epochs": 1e308, "expected_batch_size": 1, "learning_rate": 0.01}},
+        {"privacy": {"epsilon": 1e-300, "delta": DELTA}},
+        {"privacy": {"epsilon": 1.0, "delta": 0.5}},
+        {"resources": {"workers": 4, "region": "eu"}},
+        {"features": ["age", "race"]},
+        {"features": ["age", "fnlwgt", "nothing"]},
+        {"label": "sex"},  # restricted: its lease would open every restricted column
+        {"label": "race"},
+        {"label": "age"},
+        {"label": "nothing"},
+        {"label": "workclass"},  # an input as well
+        {"dataset": "adult@1' OR '1'='1"},
+        {"name": "../../adult"},
+    ],
+)
+def test_a_spec_that_cannot_be_is_refused_at_once(world: World, spec: dict[str, Any]) -> None:
+    before = world.content()
+    for path, body in (("/v1/plans", {"spec": training_spec(**spec)}), ("/v1/runs", run_body(**spec))):
+        assert world.refused(400, "ed", "POST", path, body) == "InputError"
+    assert world.content() == before
+
+
+def test_an_unknown_dataset_is_not_found(world: World) -> None:
+    assert world.refused(404, "ed", "POST", "/v1/plans", {"spec": training_spec(dataset="adult@2")})
+
+
+# ---- leases ----
+
+
+def test_a_lease_holds_the_keys_of_its_rank_and_never_the_restricted_ones(world: World) -> None:
+    run = world.submit()
+    first, second = world.lease(run, 0), world.lease(run, 1)
+    assert first.keys.keys() == {f"{shard}/{cls}" for shard in ("train-000", "train-002", "holdout")
+                                 for cls in ("internal", "confidential")}  # fmt: skip
+    assert second.keys.keys() == {"train-001/internal", "train-001/confidential"}
+    assert first.model_key is not None
+    assert second.model_key is None
+    assert not set(first.keys.values()) & set(second.keys.values())
+
+
+def test_a_lease_opens_only_the_classes_of_the_columns_that_are_used(world: World) -> None:
+    schema = adult_schema()
+    only = [column.name for column in schema.columns_of_class("confidential") if column.role is None]
+    run = world.submit(features=only)
+    assert {name.split("/")[1] for name in world.lease(run).keys} == {"confidential"}
+
+
+def test_a_run_on_a_restricted_label_from_before_gets_no_restricted_key(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if a spec were accepted that must not be: the lease holds the line by itself."""
+    monkeypatch.setattr(
+        runs_module, "_label", lambda spec, manifest: DatasetSchema.from_mapping(manifest.dataset_schema).column("sex")
+    )
+    run = world.submit()
+    assert not any("restricted" in name for name in world.lease(run).keys)
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (lease_body(2), 400),
+        (lease_body(4097), 400),
+        (lease_body(-1), 400),
+        (lease_body(code="sha256:" + "0" * 64), 403),
+        (lease_body(code="c0de" * 16), 400),
+        (lease_body(key=b"short"), 400),
+        (lease_body(key=bytes(32)), 400),
+    ],
+)
+def test_a_lease_for_another_rank_code_or_key_is_refused(world: World, body: dict[str, Any], status: int) -> None:
+    run = world.submit()
+    before = world.content()
+    answer = world.ask(run, "POST", f"/v1/runs/{run}/leases", body)
+    assert answer.status_code == status
+    assert "sealed" not in answer.json()
+    assert world.content() == before
+
+
+def test_a_second_lease_for_a_rank_is_refused(world: World) -> None:
+    run = world.submit()
+    world.lease(run)
+    with world.still():
+        assert world.refused(409, run, "POST", f"/v1/runs/{run}/leases", lease_body()) == "ConflictError"
+
+
+def test_only_one_of_many_leases_at_once_is_given(world: World) -> None:
+    run = world.submit()
+    caller = world.caller(run)
+
+    def ask(_: int) -> bool:
+        try:
+            world.authority.runs.lease(caller, run, 0, OneTimeKey.generate().public, CODE)
+        except CloisterError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(ask, range(8))) == 1
+    assert world.counts()["leases"] == 1
+
+
+@pytest.mark.parametrize("end", ["stop", "failure"])
+def test_a_run_that_has_ended_gets_nothing_more(world: World, end: str) -> None:
+    run = world.submit()
+    world.lease(run)
+    world.commit(run, 0, 3)
+    world.post("ed" if end == "stop" else run, f"/v1/runs/{run}/{end}", None if end == "stop" else {"error": {}})
+    for path, body in (
+        ("leases", lease_body(1)),
+        ("blocks", {"first": 3, "last": 4}),
+        ("progress", {"steps_done": 1, "rows_per_s": 1.0}),
+        ("model", {"manifest": "e30=", "model_sha256": "0" * 64, "blob": f"models/{run}/x", "blob_sha256": "0" * 64,
+                   "metrics": {}}),
+    ):  # fmt: skip
+        before = world.content()
+        world.refused(409, run, "POST", f"/v1/runs/{run}/{path}", body)
+        assert world.content() == before
+
+
+def test_the_lease_is_on_record_before_its_keys_exist_outside(world: World) -> None:
+    run = world.submit()
+    size = len(world.log())
+    world.lease(run)
+    (entry,) = [entry for entry in world.log()[size:] if entry.action == "run:work"]
+    assert (entry.actor, entry.outcome, entry.details["step"], entry.details["rank"]) == (run, "success", "lease", 0)
+    assert "holdout/internal" in str(entry.details["files"])
+
+
+@pytest.mark.parametrize("table", ["log_entries", "log_checkpoints"])
+def test_without_a_log_no_key_leaves(world: World, table: str) -> None:
+    run = world.submit()
+    world.token(run)
+    with sqlite3.connect(world.directory / "state.db") as database:
+        database.execute(f"CREATE TRIGGER t BEFORE INSERT ON {table} BEGIN SELECT RAISE(ABORT, 'no'); END")
+    database.close()
+    before = world.content()
+    answer = world.ask(run, "POST", f"/v1/runs/{run}/leases", lease_body())
+    assert (answer.status_code, "sealed" in answer.text) == (503, False)
+    with pytest.raises(UnavailableError):
+        world.authority.runs.submit(world.caller("ed"), training_spec(), CODE, Person("new", []).public)
+    assert world.content() == before
+
+
+def test_without_the_log_table_no_key_leaves(world: World) -> None:
+    run = world.submit()
+    world.token(run)
+    with sqlite3.connect(world.directory / "state.db") as database:
+        database.execute("ALTER TABLE log_entries RENAME TO gone")
+    database.close()
+    before = world.content()
+    assert world.refused(503, run, "POST", f"/v1/runs/{run}/leases", lease_body()) == "UnavailableError"
+    assert world.content() == before
+
+
+# ---- blocks ----
+
+
+@pytest.mark.parametrize(
+    "block", [(0, 3), (4, 3), (3, 3), (2, 5), (5, 6), (3, STEPS + 1), (3, 1_000_000_000), (-1, 3), (3, 10**30)]
+)
+def test_a_block_that_is_not_the_next_one_is_refused(world: World, block: tuple[int, int]) -> None:
+    run = world.submit()
+    world.lease(run)
+    world.commit(run, 0, 3)
+    before = world.content()
+    answer = world.ask(run, "POST", f"/v1/runs/{run}/blocks", dict(zip(("first", "last"), block, strict=True)))
+    assert answer.status_code in (400, 409)
+    assert world.content() == before
+
+
+def test_no_block_before_a_lease(world: World) -> None:
+    run = world.submit()
+    with world.still():
+        world.refused(409, run, "POST", f"/v1/runs/{run}/blocks", {"first": 0, "last": 1})
+
+
+def test_progress_is_never_ahead_of_what_is_committed(world: World) -> None:
+    run = world.submit()
+    world.lease(run)
+    world.commit(run, 0, 3)
+    with world.still(entries=0):
+        world.refused(400, run, "POST", f"/v1/runs/{run}/progress", {"steps_done": 4, "rows_per_s": 1.0})
+    world.post(run, f"/v1/runs/{run}/progress", {"steps_done": 3, "rows_per_s": 1.0})
+    assert world.get("ed", f"/v1/runs/{run}")["steps_done"] == 3
+
+
+# ---- what it costs ----
+
+
+def test_failing_before_any_block_gives_everything_back(world: World) -> None:
+    run = world.submit()
+    world.lease(run)
+    with world.recorded(run, "run:work"):
+        world.post(run, f"/v1/runs/{run}/failure", {"error": {"kind": "InputError", "error": "x" * 9999}})
+    assert (charged(world), world.budget()["delta_charged"]) == (0.0, 0.0)
+    assert len(world.get("ed", f"/v1/runs/{run}")["error"]["error"]) == 500
+
+
+@pytest.mark.parametrize("end", ["stop", "failure"])
+def test_ending_after_some_steps_charges_for_them(world: World, end: str) -> None:
+    run = world.submit()
+    world.lease(run)
+    world.commit(run, 0, 3)
+    spent = world.get("ed", f"/v1/runs/{run}")["epsilon_spent"]
+    world.post("ed" if end == "stop" else run, f"/v1/runs/{run}/{end}", None if end == "stop" else {"error": {}})
+    shown = world.get("ed", f"/v1/runs/{run}")
+    assert 0 < shown["epsilon_charged"] == spent == charged(world) < shown["plan"]["epsilon_certified"]
+    assert world.budget()["delta_charged"] == DELTA
+    with world.still("success"):  # an end is an end: saying it again changes nothing
+        world.post(run, f"/v1/runs/{run}/failure", {"error": {"kind": "later"}})
+
+
+def test_a_finished_run_is_charged_what_is_certified(world: World) -> None:
+    run = world.train()
+    shown = world.get("ed", f"/v1/runs/{run}")
+    assert shown["state"] == "finished"
+    assert shown["epsilon_charged"] == charged(world) == shown["plan"]["epsilon_certified"] <= EPSILON
+    with world.still("success"):
+        world.post("ed", f"/v1/runs/{run}/stop")
+
+
+def test_no_number_of_steps_costs_more_than_the_plan(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = world.get("ed", f"/v1/runs/{world.submit()}")["plan"]
+    monkeypatch.setattr(runs_module, "_epsilon_after", lambda _plan, steps: EPSILON + 0.01)
+    assert runs_module.settle(plan, STEPS - 1) == (EPSILON, DELTA)
+    assert runs_module.settle(plan, 0) == (0.0, 0.0)
+
+
+# ---- people ----
+
+
+def test_nobody_stops_anothers_run_but_the_operator(world: World) -> None:
+    run = world.submit("ed")
+    for name in ("eve", "olga", "rita", "carl", run):
+        with world.still("denied"):
+            world.refused(403, name, "POST", f"/v1/runs/{run}/stop")
+    with world.recorded("operator", "run:stop"):
+        assert world.post("operator", f"/v1/runs/{run}/stop")["state"] == "stopped"
+
+
+def test_a_run_sees_itself_and_no_other(world: World) -> None:
+    mine, other = world.submit(), world.submit()
+    assert world.get(mine, f"/v1/runs/{mine}")["run"] == mine
+    for path in (f"/v1/runs/{other}", "/v1/runs", "/v1/datasets/adult/versions/1", "/v1/models", "/v1/log"):
+        world.refused(403, mine, "GET", path)
+
+
+def test_a_row_shows_no_key(world: World) -> None:
+    run = world.submit()
+    lease = world.lease(run)
+    assert lease.model_key is not None
+    with world.authority.core.database.transaction() as connection:
+        stored = repr(connection.execute(runs.select()).all()).encode()
+    for secret in (lease.model_key, *lease.keys.values()):
+        assert repr(secret).encode()[2:-1] not in stored
+    assert "key" not in world.get("ed", f"/v1/runs/{run}")
