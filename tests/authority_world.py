@@ -7,7 +7,6 @@ What a test needs twice is here: people, a dataset, a run that is driven to a re
 from __future__ import annotations
 
 import gzip
-import json
 import os
 import shutil
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import func, insert, select
+from sqlalchemy import func, select
 from starlette.testclient import TestClient
 
 from cloister.audit.event import Event
@@ -99,13 +98,14 @@ def training_spec(**changes: Any) -> dict[str, Any]:
 class World:
     """`people` by name; `http` speaks to the application; `still()` guards what must not change."""
 
-    def __init__(self, directory: Path, people: Mapping[str, Person] | None = None) -> None:
+    def __init__(self, directory: Path, like: World | None = None) -> None:
+        """A new authority, or one over a copy of the directory of another: with the same people, whose tokens hold."""
         self.clock = Clock()
         self.authority = Authority(directory, url=URL, clock=self.clock)
         self.app = create_app(self.authority)
         self.http = TestClient(self.app, base_url=URL, raise_server_exceptions=False)
-        self.people = dict(people or {name: Person(name, roles) for name, roles in ROLES.items()})
-        self._tokens: dict[tuple[str, str], str] = {}
+        self.people = dict(like.people) if like else {name: Person(name, roles) for name, roles in ROLES.items()}
+        self.tokens: dict[tuple[str, str], str] = dict(like.tokens) if like else {}
 
     @property
     def directory(self) -> Path:
@@ -129,17 +129,18 @@ class World:
         return self.http.post("/v1/token", data=form)
 
     def token(self, name: str, audience: str = AUTHORITY_AUDIENCE) -> str:
-        if (name, audience) not in self._tokens:
+        if (name, audience) not in self.tokens:
             answer = self.exchange(self.assertion(name), audience)
             assert answer.status_code == 200, answer.text
-            self._tokens[name, audience] = answer.json()["access_token"]
-        return self._tokens[name, audience]
+            self.tokens[name, audience] = answer.json()["access_token"]
+        return self.tokens[name, audience]
 
     def ask(self, name: str, method: str, path: str, body: Any = None, **options: Any) -> Any:
         """The raw answer to a request of `name`, in JSON. A 500 is a fault in whatever test it happens."""
+        headers = {"Authorization": f"Bearer {self.token(name)}", "Content-Type": "application/json"}
         if body is not None:
             options["json"] = body
-        answer = self.http.request(method, path, headers={"Authorization": f"Bearer {self.token(name)}"}, **options)
+        answer = self.http.request(method, path, headers=headers, **options)
         assert answer.status_code != 500, f"{method} {path}: {answer.text}"
         return answer
 
@@ -242,7 +243,7 @@ class World:
     def commit(self, run: str, first: int = 0, last: int = STEPS) -> None:
         self.post(run, f"/v1/runs/{run}/blocks", {"first": first, "last": last})
 
-    def model_body(self, run: str, lease: TrainingLease, model: bytes = b"small", **facts: Any) -> dict[str, Any]:
+    def model_body(self, run: str, lease: TrainingLease, model: bytes = b"small", /, **facts: Any) -> dict[str, Any]:
         """Seal and upload `model` as rank 0 does; the body that registers it."""
         assert lease.model_key is not None
         known = {
@@ -313,40 +314,41 @@ def receiver() -> dict[str, str]:
     return {"public_key": b64(OneTimeKey.generate().public)}
 
 
-def fill(world: World, table: Any, **values: Any) -> None:
-    """A row by the back door."""
-    with world.authority.core.database.transaction() as connection:
-        connection.execute(insert(table).values(**values))
-
-
-def error_of(answer: Any) -> str:
-    return str(json.loads(answer.text)["kind"])
-
-
 @pytest.fixture(scope="session")
-def sealed_template(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Person]]:
+def sealed_template(tmp_path_factory: pytest.TempPathFactory) -> World:
     """An authority with everybody registered and `adult@1` sealed, closed again."""
     world = World(tmp_path_factory.mktemp("template") / "authority")
     world.register_everybody()
     world.seal()
     world.set_budget()
+    for name in ROLES:
+        world.token(name)
     world.authority.close()
-    return world.directory, world.people
+    return world
 
 
 @pytest.fixture
-def world(sealed_template: tuple[Path, dict[str, Person]], tmp_path: Path) -> Iterator[World]:
+def world(sealed_template: World, tmp_path: Path) -> Iterator[World]:
     """A copy of the template: everybody registered, `adult@1` sealed, a budget of epsilon 10."""
-    shutil.copytree(sealed_template[0], tmp_path / "authority")
-    world = World(tmp_path / "authority", sealed_template[1])
+    shutil.copytree(sealed_template.directory, tmp_path / "authority")
+    world = World(tmp_path / "authority", sealed_template)
     yield world
     world.authority.close()
 
 
-@pytest.fixture
-def empty_world(tmp_path: Path) -> Iterator[World]:
-    """Everybody registered, nothing else."""
-    world = World(tmp_path / "authority")
+@pytest.fixture(scope="session")
+def empty_template(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """An authority with everybody registered, closed again."""
+    world = World(tmp_path_factory.mktemp("empty") / "authority")
     world.register_everybody()
+    world.authority.close()
+    return world
+
+
+@pytest.fixture
+def empty_world(empty_template: World, tmp_path: Path) -> Iterator[World]:
+    """Everybody registered, nothing else."""
+    shutil.copytree(empty_template.directory, tmp_path / "authority")
+    world = World(tmp_path / "authority", empty_template)
     yield world
     world.authority.close()

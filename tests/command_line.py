@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -28,7 +29,9 @@ class CommandLine:
 
     home: Path
 
-    def run(self, *words: str | Path, who: str = "operator", timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *words: str | Path, who: str = "operator", timeout_s: float = 120
+    ) -> subprocess.CompletedProcess[str]:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("CLOISTER_")}
         return subprocess.run(
             [sys.executable, "-m", "cloister.cli", *map(str, words)],
@@ -49,8 +52,8 @@ class CommandLine:
         done = self.run(*words, who=who, timeout_s=timeout_s)
         assert done.returncode == 1, f"cloister {words}: {done.returncode} {done.stdout}{done.stderr}"
         error, hint = done.stderr.splitlines()
-        assert error.startswith("error: ") and len(error) > 15
-        assert hint.startswith("hint:  ") and len(hint) > 10
+        assert re.fullmatch("error: .{10,}", error)
+        assert re.fullmatch("hint:  .{5,}", hint)
         assert "Traceback" not in done.stdout + done.stderr
         return done.stderr
 

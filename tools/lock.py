@@ -1,8 +1,8 @@
 """Writes the two lock files: `python tools/lock.py` (needs pip-tools). Run by `make lock`.
 
-    requirements.lock        everything, each with hashes; torch with the hashes of its CPU builds, as this machine's
-                             pip configuration offers them, and of the package index's own builds
-    requirements-cuda.lock   what the index's torch build for Linux needs besides: the CUDA libraries
+requirements.lock        everything, each with hashes; torch with the hashes of its CPU builds, as this machine's
+                         pip configuration offers them, and of the package index's own builds
+requirements-cuda.lock   what the index's torch build for Linux needs besides: the CUDA libraries
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Daemon:
-    """A process of ours that outlives the command that started it; `pid.json`, `status.json` and `log` in its folder."""
+    """A process of ours that outlives the command that started it. Its folder has `pid.json`, `status.json`, `log`."""
 
     directory: Path
 

@@ -1,4 +1,4 @@
-"""What people get wrong: each is refused in two lines with exit code 1, shows no data value, and leaves nothing behind."""
+"""What people get wrong: refused in two lines with exit code 1, without a data value, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -218,10 +218,17 @@ def test_a_wrong_role_is_named(line: CommandLine, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [["data", "show", "adult"], ["data", "show", "adult@0"], ["data", "verify", "nothing@1"], ["model", "show", "x@1"],
-     ["train", "status", "run-0"], ["train", "watch", "../../etc"], ["approve", "apr-0"], ["model", "promote", "adult@1"],
-     ["serve", "deploy", "adult"], ["budget", "show", "nothing"]],
-)  # fmt: skip
+    [
+        ["data", "show", "adult"],
+        ["data", "show", "adult@0"],
+        ["data", "verify", "nothing@1"],
+        ["train", "watch", "../../etc"],
+        ["approve", "apr-0"],
+        ["model", "promote", "adult@1"],
+        ["serve", "deploy", "adult"],
+        ["budget", "show", "nothing"],
+    ],
+)
 def test_a_thing_that_does_not_exist_is_refused_like_everything_else(line: CommandLine, words: list[str]) -> None:
     who = {"approve": "rita", "serve": "operator"}.get(words[0], "ed")
     line.refused(*words, who=who)

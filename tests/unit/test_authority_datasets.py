@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from authority_world import Person, World, adult_schema
 
+from authority_world import Person, World, adult_schema
 from cloister.authority.data import MANIFEST_PREDICATE
 from cloister.canonical import b64, canonical_json, unb64
 from cloister.datasets.manifest import DatasetManifest
@@ -204,7 +204,7 @@ def test_a_crash_between_two_writes_leaves_nothing(world: World, monkeypatch: py
 def test_an_action_that_asks_no_policy_does_nothing(world: World) -> None:
     with world.still("denied"), pytest.raises(PermissionDeniedError), \
             world.authority.core.action(world.caller("olga"), "dataset:seal") as act:  # fmt: skip
-        act.connection.exec_driver_sql("DELETE FROM datasets")
+        act.connection.exec_driver_sql("DELETE FROM budgets")
 
 
 def test_a_refused_seal_leaves_no_blob(world: World) -> None:

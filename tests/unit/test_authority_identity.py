@@ -8,8 +8,8 @@ import re
 from typing import Any
 
 import pytest
-from authority_world import CODE, ROLES, URL, Person, World, lease_body, receiver, training_spec
 
+from authority_world import CODE, ROLES, URL, Person, World, lease_body, receiver, training_spec
 from cloister.authority import api
 from cloister.authority.identity import ROLES as KNOWN_ROLES
 from cloister.authority.identity import add_identity
@@ -382,7 +382,12 @@ def test_an_unexpected_fault_shows_and_logs_only_its_type(
     assert "KeyError" in caplog.text
     assert world.content() == before
     last = world.log()[-1]
-    assert (last.actor, last.action, last.outcome, last.reason) == ("operator", "endpoint:deploy", "failure", "KeyError")
+    assert (last.actor, last.action, last.outcome, last.reason) == (
+        "operator",
+        "endpoint:deploy",
+        "failure",
+        "KeyError",
+    )
 
 
 def test_every_role_of_the_policy_can_be_given() -> None:

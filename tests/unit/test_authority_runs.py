@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from authority_world import CODE, DELTA, EPSILON, STEPS, Person, World, adult_schema, lease_body, training_spec
 
+from authority_world import CODE, DELTA, EPSILON, STEPS, Person, World, adult_schema, lease_body, training_spec
 from cloister.authority import runs as runs_module
 from cloister.datasets.schema import DatasetSchema
 from cloister.errors import CloisterError, UnavailableError

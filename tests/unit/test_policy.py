@@ -73,5 +73,5 @@ def test_policies_that_do_not_fit_the_schema_are_not_loaded() -> None:
 def test_refusal_says_who_what_and_why() -> None:
     request = Request(principal="pat", roles=frozenset({"consumer"}), action="audit:read", resource_type="Platform",
                       resource="platform")  # fmt: skip
-    with pytest.raises(PermissionDeniedError, match="pat .consumer. may not audit:read"):
+    with pytest.raises(PermissionDeniedError, match=r"pat .consumer. may not audit:read"):
         Policy.shipped().require(request)

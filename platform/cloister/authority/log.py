@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import select
 
+from cloister.audit.event import Event
 from cloister.authority.core import LOG_ORIGIN, PLATFORM, Caller, Core
 from cloister.canonical import b64
 from cloister.errors import NotFoundError
@@ -24,15 +25,19 @@ class Log:
         self.verifier_key = verifier_key
 
     def search(self, caller: Caller, *, action: str, actor: str, limit: int) -> list[dict[str, Any]]:
-        """The newest matching entries, newest last. Empty strings match everything; `action` matches as a prefix."""
+        """The newest matching entries, newest last. Empty strings match everything; `action` matches as a prefix.
+
+        Raises:
+            IntegrityError: an entry is not one: the log was changed.
+        """
         with self._core.reading(caller, "audit:read") as act:
             act.allow(PLATFORM)
             rows = act.connection.execute(select(log_entries).order_by(log_entries.c["index"].desc()))
             found: list[dict[str, Any]] = []
             for row in rows:
-                event = json.loads(row.entry)
-                if event["action"].startswith(action) and (not actor or event["actor"] == actor):
-                    found.append({"index": row.index} | event)
+                event = Event.from_bytes(_stored(row.entry))
+                if event.action.startswith(action) and (not actor or event.actor == actor):
+                    found.append({"index": row.index} | asdict(event))
                 if len(found) >= limit:
                     break
         return found[::-1]
@@ -62,9 +67,14 @@ def export_of(database: Database, verifier_key: str) -> dict[str, Any]:
         "format": EXPORT_FORMAT,
         "origin": LOG_ORIGIN,
         "verifier_key": verifier_key,
-        "entries": [b64(row.entry) for row in entries],
+        "entries": [b64(_stored(row.entry)) for row in entries],
         "checkpoints": list(notes),
     }
+
+
+def _stored(value: object) -> bytes:
+    """What a column holds as bytes, even if somebody put text or a number there: verifying it must not stumble."""
+    return value if isinstance(value, bytes) else str(value).encode()
 
 
 def read_export(state: Path, verifier_key_file: Path) -> dict[str, Any]:

@@ -66,9 +66,7 @@ def verify(context: Context, file: Path | None) -> None:
     if context.json:
         output.value(report)
     else:
-        output.say(
-            f"The log is whole: {report['entries']} entries, {report['checkpoints']} signed checkpoints, all consistent."
-        )
+        output.say(f"The log is whole: {report['entries']} entries, {report['checkpoints']} signed checkpoints agree.")
         output.facts({"root": report["root"], "since": report["since"]})
 
 

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import click
 from cloister.cli import output
 from cloister.errors import CloisterError, NotFoundError, UnavailableError, from_dict
 
-GOALS = {
+GOALS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "seconds": ("at most 180", lambda value: value <= 180),
     "peak_memory_gb": ("below 8", lambda value: value < 8),
     "accuracy": ("at least 0.84", lambda value: value >= 0.84),
@@ -32,7 +33,9 @@ QUOTA_ROWS = 20
 @click.command()
 @click.option("--example", type=click.Path(path_type=Path), help="A folder like jobs/examples/adult.")
 @click.option("--report", type=click.Path(path_type=Path), default=Path("demo/report.json"), show_default=True)
-@click.option("--keep", type=click.Path(path_type=Path), help="Keep Cloister's home in this new folder, to look around.")
+@click.option(
+    "--keep", type=click.Path(path_type=Path), help="Keep Cloister's home in this new folder, to look around."
+)
 def demo(example: Path | None, report: Path, keep: Path | None) -> None:
     """The whole story on real data, one command.
 
@@ -227,7 +230,9 @@ def _ask(story: Story, deployed: dict[str, Any]) -> None:
             answers.append(answer.json()["outputs"])
         if answer.status_code != 429 or not answers:
             raise CloisterError(f"the endpoint answered {answer.status_code}, not 429", "look at cloister serve status")
-        story.refuse("asking beyond the quota", 429, answer.json()["error"], retry_after_s=int(answer.headers["Retry-After"]))
+        story.refuse(
+            "asking beyond the quota", 429, answer.json()["error"], retry_after_s=int(answer.headers["Retry-After"])
+        )
     story.facts["answer"] = {item["name"]: item["data"] for item in answers[0]}
     output.say(f"    answered: {story.facts['answer']}")
 

@@ -51,12 +51,13 @@ def show(context: Context, name: str) -> None:
         output.value(shown)
         return
     made = json.loads(unb64(shown["provenance"]["payload"]))["predicate"]
+    metrics = shown["metrics"]
     output.facts({
         "model": shown["model"], "stage": shown["stage"], "author": shown["author"], "run": shown["run"],
         "dataset": f"{made['dataset']['name']} ({made['dataset']['digest'][:23]}…)",
         "privacy": f"epsilon {made['privacy']['epsilon']:.4f}, delta {made['privacy']['delta']:g}",
-        "accuracy": f"{shown['metrics'].get('holdout_accuracy', 0):.4f} on {shown['metrics'].get('holdout_rows', 0):.0f} holdout "
-                    f"rows (itself epsilon {shown['metrics'].get('evaluation_epsilon', 0):g})",
+        "accuracy": f"{metrics['holdout_accuracy']:.4f} on {metrics['holdout_rows']:.0f} holdout rows "
+                    f"(itself epsilon {metrics['evaluation_epsilon']:g})",
         "code": made["code_digest"], "root digest": shown["root_digest"], "assurance": made["assurance"],
     })  # fmt: skip
 

@@ -19,6 +19,7 @@ from cloister.stores.home import Home
 
 OPERATOR = "operator"
 START_TIMEOUT_S = 30.0
+SHM = "/dev/shm"  # noqa: S108  (where Ray clusters live, below a folder of their own)
 
 
 @click.command()
@@ -158,8 +159,8 @@ def _findings(home: Home) -> Any:
     yield "key files", "bad" if loose else "good", f"chmod 600 {loose[0]}" if loose else "readable only by you"
     swap = _swap_bytes()
     yield "swap", "weak" if swap else "good", "keys may be swapped out: turn swap off or encrypt it" if swap else "off"
-    shm = os.access("/dev/shm", os.W_OK)  # noqa: S108  (a check, not a file)
-    yield "tmpfs for Ray", "good" if shm else "bad", "/dev/shm" if shm else "mount a writable tmpfs at /dev/shm"
+    shm = os.access(SHM, os.W_OK)
+    yield "tmpfs for Ray", "good" if shm else "bad", SHM if shm else f"mount a writable tmpfs at {SHM}"
     for directory in sorted(home.endpoints.glob("*/")):
         if Daemon(directory / "serving").process():
             yield f"endpoint {directory.name}", "good", "HTTPS on loopback, tokens, quota, filtered answers"

@@ -212,6 +212,8 @@ def list_(context: Context) -> None:
     if context.json:
         output.value(rows)
         return
-    cells = [(r["run"], r["author"], r["dataset"], r["state"], f"{r['steps_committed']}/{r['steps']}", r["epsilon_charged"])
-             for r in rows]  # fmt: skip
+    cells = [
+        (r["run"], r["author"], r["dataset"], r["state"], f"{r['steps_committed']}/{r['steps']}", r["epsilon_charged"])
+        for r in rows
+    ]
     output.table(("run", "author", "dataset", "state", "steps", "epsilon"), cells, empty="No run yet.")

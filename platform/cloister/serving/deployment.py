@@ -76,5 +76,5 @@ def require_healthy() -> None:
 
 def shut_down() -> None:
     """Stop the application; replicas finish what is in flight."""
-    serve.shutdown()
-    ray.shutdown()  # type: ignore[no-untyped-call]  # Ray has no types here
+    serve.shutdown()  # type: ignore[no-untyped-call]  # Ray has no types here
+    ray.shutdown()

@@ -20,9 +20,9 @@ from pathlib import Path
 from cloister.cluster import ray_cluster
 from cloister.errors import CloisterError, UnavailableError
 from cloister.process import Daemon, describe, no_core_dumps
+from cloister.serving.connect import connect
 from cloister.serving.endpoint import Endpoint, open_endpoint
 from cloister.serving.replica import leased_model
-from cloister.serving.connect import connect
 
 CHECK_S = 2.0
 _CPUS_OF_SERVE = 1

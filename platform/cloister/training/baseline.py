@@ -45,9 +45,10 @@ def train_without_privacy(model: nn.Module, x: torch.Tensor, y: torch.Tensor, se
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(EPOCHS):
-        for rows in torch.randperm(len(x), generator=generator).split(BATCH):
+        for rows in torch.split(torch.randperm(len(x), generator=generator), BATCH):
             optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
+            loss = nn.functional.cross_entropy(model(x[rows]), y[rows])
+            loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
             optimizer.step()
 
 

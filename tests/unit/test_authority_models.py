@@ -1,0 +1,281 @@
+"""Somebody tries to bring a model into production, or out of the house, that nobody released."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from authority_world import Person, World, receiver
+from cloister.canonical import b64, canonical_json, unb64
+from cloister.models.release import APPROVAL_LIFETIME_S
+from cloister.sealing.stream import open_sealed
+from cloister.signing import keys
+
+
+def register(world: World, run: str, body: dict[str, Any]) -> Any:
+    return world.ask(run, "POST", f"/v1/runs/{run}/model", body)
+
+
+def trained(world: World) -> tuple[str, dict[str, Any]]:
+    """A run whose steps are all committed, and the body that registers its model."""
+    run = world.submit()
+    lease = world.lease(run)
+    world.commit(run)
+    return run, world.model_body(run, lease)
+
+
+# ---- registering ----
+
+
+def test_a_model_with_steps_left_is_not_registered(world: World) -> None:
+    run = world.submit()
+    lease = world.lease(run)
+    for steps in (None, 9):
+        if steps:
+            world.commit(run, 0, steps)
+        body = world.model_body(run, lease)
+        with world.still():
+            assert register(world, run, body).status_code == 409
+
+
+def test_a_run_registers_one_model(world: World) -> None:
+    run, body = trained(world)
+    with world.recorded(run, "run:work"):
+        assert register(world, run, body).json()["model"] == "adult@1"
+    with world.still():
+        assert register(world, run, body).status_code == 409
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [{"run": "run-other"}, {"dataset": "adult@2"}, {"dataset": "other@1"}, {"name": "income"}, {"name": "../x"},
+     {"label": "sex"}],
+)  # fmt: skip
+def test_a_manifest_about_something_else_is_refused(world: World, facts: dict[str, Any]) -> None:
+    run = world.submit()
+    lease = world.lease(run)
+    world.commit(run)
+    body = world.model_body(run, lease, **facts)
+    with world.still():
+        assert register(world, run, body).status_code == 400
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"blob": "models/run-other/model.onnx.sealed"},
+        {"blob": "datasets/adult/x"},
+        {"blob": "models/RUN/../../keys/root.key"},
+        {"blob": "/etc/passwd"},
+        {"blob": "models/RUNx/y"},
+        {"blob": ""},
+        {"metrics": {f"m{index}": 1.0 for index in range(65)}},
+        {"metrics": {"Accuracy <script>": 1.0}},
+        {"metrics": {"accuracy": "high"}},
+        {"model_sha256": "0" * 63},
+        {"model_sha256": "Z" * 64},
+        {"model_sha256": "sha256:" + "0" * 64},
+        {"blob_sha256": "x" * 64},
+        {"manifest": "***"},
+        {"manifest": b64(b"{}")},
+        {"manifest": b64(b"\xff")},
+        {"stage": "production"},
+    ],
+)
+def test_a_registration_that_points_elsewhere_is_refused(world: World, changes: dict[str, Any]) -> None:
+    run, body = trained(world)
+    before = world.content()
+    changes = {name: value.replace("RUN", run) if name == "blob" else value for name, value in changes.items()}
+    assert register(world, run, body | changes).status_code == 400
+    assert world.content() == before
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_a_metric_is_a_finite_number(world: World, value: str) -> None:
+    run, body = trained(world)
+    text = canonical_json(body).replace(b"0.5", value.encode())
+    before = world.content()
+    assert world.ask(run, "POST", f"/v1/runs/{run}/model", content=text).status_code == 400
+    assert world.content() == before
+
+
+def test_the_model_key_opens_the_model_of_its_run_only(world: World) -> None:
+    run = world.submit()
+    lease = world.lease(run)
+    assert lease.model_key is not None
+    world.commit(run)
+    assert register(world, run, world.model_body(run, lease, b"the model")).status_code == 200
+    world.release()
+    out = world.client("ed").export_model("adult", 1)
+    assert out.model_key == lease.model_key
+    assert open_sealed(out.model_key, out.model_onnx_sealed, out.seal_context) == b"the model"
+    other = world.lease(world.submit())
+    assert other.model_key not in (None, out.model_key)
+
+
+# ---- approving ----
+
+
+def test_promotion_without_approval_is_refused_on_record_and_asks_once(world: World) -> None:
+    world.train()
+    for _ in range(3):
+        with world.recorded("ed", "model:promote", "denied"):
+            answer = world.promote()
+        assert (answer.status_code, answer.json()["kind"]) == (403, "ApprovalMissingError")
+    assert world.promote(name="eve").status_code == 403
+    assert world.counts()["approvals"] == 1
+    assert world.get("ed", "/v1/models")[0]["stage"] == "candidate"
+
+
+def test_the_author_cannot_approve_even_as_a_reviewer(world: World) -> None:
+    world.train(author="rob")
+    request = world.approval()
+    with world.still("denied"):
+        assert world.vote("rob", request).status_code == 403
+    for name in ("ed", "olga", "carl", "operator", "ada"):
+        with world.still("denied"):
+            assert world.vote(name, request).status_code == 403
+    assert world.promote().status_code == 403
+
+
+def test_a_vote_is_signed_with_the_voters_own_key(world: World) -> None:
+    world.train()
+    request = world.approval()
+    for key in (world.people["rob"].key, keys.generate_ed25519()):
+        with world.still():
+            assert world.vote("rita", request, key=key).status_code == 422
+    body = world.vote_body("rita", request)
+    with world.still():  # somebody else hands in a good vote
+        assert world.ask("rob", "POST", f"/v1/approvals/{request['approval']}/votes", body).status_code == 422
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"approval": "apr-00000000"},
+        {"person": "rob"},
+        {"stage": "staging"},
+        {"expires": 1},
+        {"expires": "later"},
+        {"decision": "maybe"},
+        {"decision": None},
+        {"decision": ["approve"]},
+    ],
+)
+def test_a_vote_about_something_else_is_refused(world: World, changes: dict[str, Any]) -> None:
+    world.train()
+    request = world.approval()
+    with world.still():
+        assert world.vote("rita", request, **changes).status_code in (400, 422)
+
+
+def test_a_vote_for_another_model_is_refused(world: World) -> None:
+    world.train()
+    world.train(model=b"other")
+    first, second = world.approval(1), world.approval(2)
+    assert first["root_digest"] != second["root_digest"]
+    stolen = world.vote_body("rita", first)
+    with world.still():
+        assert world.ask("rita", "POST", f"/v1/approvals/{second['approval']}/votes", stolen).status_code == 422
+    assert world.vote("rita", first).status_code == 200
+    assert world.promote(2).status_code == 403
+
+
+def test_an_edited_vote_is_refused(world: World) -> None:
+    world.train()
+    request = world.approval()
+    body = world.vote_body("rita", request, decision="deny")
+    payload = unb64(body["envelope"]["payload"]).replace(b'"deny"', b'"approve"')
+    body["envelope"]["payload"] = b64(payload)
+    with world.still():
+        assert world.ask("rita", "POST", f"/v1/approvals/{request['approval']}/votes", body).status_code == 422
+
+
+def test_one_refusal_outweighs_every_approval(world: World) -> None:
+    world.train()
+    request = world.approval()
+    assert world.vote("rita", request).status_code == 200
+    assert world.vote("rob", request, decision="deny").status_code == 200
+    with world.still("denied"):
+        assert world.promote().status_code == 403
+    assert world.get("ed", "/v1/models")[0]["stage"] == "candidate"
+
+
+def test_a_decision_is_final(world: World) -> None:
+    world.train()
+    request = world.approval()
+    with world.recorded("rita", "model:approve"):
+        assert world.vote("rita", request, decision="deny").status_code == 200
+    with world.still():
+        assert world.vote("rita", request).status_code == 409
+
+
+def test_an_expired_approval_counts_for_nothing(world: World) -> None:
+    world.train()
+    request = world.approval()
+    assert world.vote("rita", request).status_code == 200
+    world.clock.offset = APPROVAL_LIFETIME_S + 5
+    models, ed = world.authority.models, world.caller("ed")
+    with pytest.raises(Exception, match="0 of 1 approvals"):
+        models.promote(ed, "adult", 1)
+    assert world.counts()["approvals"] == 2
+    assert models.list(ed)[0]["stage"] == "candidate"
+
+
+def test_after_approval_a_model_goes_into_production_and_the_last_one_leaves(world: World) -> None:
+    for version in (1, 2):
+        world.train(model=b"v%d" % version)
+        request = world.approval(version)
+        world.vote("rita", request)
+        with world.recorded("ed", "model:promote"):
+            assert world.promote(version).json()["approvals"] == ["rita"]
+    assert [(m["model"], m["stage"]) for m in world.get("ed", "/v1/models")] == [
+        ("adult@1", "superseded"),
+        ("adult@2", "production"),
+    ]
+    with world.still(entries=2):
+        assert world.promote(1).status_code == 409
+        assert world.promote(2).status_code == 409
+
+
+# ---- letting out ----
+
+
+def test_only_a_production_model_is_exported(world: World) -> None:
+    world.train()
+    path = "/v1/models/adult/versions/1/export"
+    with world.still("denied"):
+        assert world.refused(403, "ed", "POST", path, receiver())
+    world.release()
+    with world.still("success"):
+        assert "sealed" in world.post("ed", path, receiver())
+    for name in ("olga", "rita", "carl", "operator", "ada"):
+        with world.still("denied"):
+            assert world.refused(403, name, "POST", path, receiver())
+    world.train()
+    world.release(2)
+    with world.still("denied"):  # superseded
+        assert world.refused(403, "ed", "POST", path, receiver())
+    with world.still():
+        assert world.refused(400, "ed", "POST", "/v1/models/adult/versions/2/export", {"public_key": b64(bytes(32))})
+
+
+def test_what_is_shown_of_a_model_has_no_key(world: World) -> None:
+    world.train()
+    world.release()
+    shown = world.get("rita", "/v1/models/adult/versions/1")
+    assert "sealed" not in shown
+    assert not any("key" in name for name in shown)
+    assert math.isfinite(shown["metrics"]["holdout_accuracy"])
+
+
+def test_two_people_with_one_key_cannot_be_made_into_two_votes(world: World) -> None:
+    """The directory refuses the second registration, so one signature never counts for two."""
+    body = {"name": "rita2", "roles": ["reviewer"], "public_key": world.people["rita"].public.replace("\n", "\r\n")}
+    with world.still():
+        world.refused(409, "operator", "POST", "/v1/identities", body)
+    body["public_key"] = Person("rita2", []).public
+    with world.recorded("operator", "identity:register"):
+        world.post("operator", "/v1/identities", body)
