@@ -7,6 +7,7 @@ What a test needs twice is here: people, a dataset, a run that is driven to a re
 from __future__ import annotations
 
 import gzip
+import math
 import os
 import shutil
 import time
@@ -95,6 +96,24 @@ def training_spec(**changes: Any) -> dict[str, Any]:
     } | changes  # fmt: skip
 
 
+class _Present:
+    """Stands for the authority of the world that is speaking: building the routes takes longer than most tests do."""
+
+    authority: Authority
+
+    def __init__(self, part: str = "") -> None:
+        self._part = part
+
+    def __getattr__(self, name: str) -> Any:
+        if not self._part:
+            return _Present(name) if name in PARTS else getattr(_Present.authority, name)
+        return getattr(getattr(_Present.authority, self._part), name)
+
+
+PARTS = ("identities", "datasets", "runs", "models", "endpoints", "log")
+APP = create_app(_Present())  # type: ignore[arg-type]  # it stands for one
+
+
 class World:
     """`people` by name; `http` speaks to the application; `still()` guards what must not change."""
 
@@ -102,10 +121,13 @@ class World:
         """A new authority, or one over a copy of the directory of another: with the same people, whose tokens hold."""
         self.clock = Clock()
         self.authority = Authority(directory, url=URL, clock=self.clock)
-        self.app = create_app(self.authority)
-        self.http = TestClient(self.app, base_url=URL, raise_server_exceptions=False)
+        self.http = TestClient(self._app, base_url=URL, raise_server_exceptions=False)
         self.people = dict(like.people) if like else {name: Person(name, roles) for name, roles in ROLES.items()}
-        self.tokens: dict[tuple[str, str], str] = dict(like.tokens) if like else {}
+        self.tokens: dict[tuple[str, str], tuple[str, float]] = dict(like.tokens) if like else {}
+
+    async def _app(self, scope: Any, receive: Any, send: Any) -> None:
+        _Present.authority = self.authority
+        await APP(scope, receive, send)
 
     @property
     def directory(self) -> Path:
@@ -129,11 +151,14 @@ class World:
         return self.http.post("/v1/token", data=form)
 
     def token(self, name: str, audience: str = AUTHORITY_AUDIENCE) -> str:
-        if (name, audience) not in self.tokens:
+        """A token of less than five true minutes, whatever the world's clock says."""
+        token, since = self.tokens.get((name, audience), ("", -math.inf))
+        if time.monotonic() - since > 300:
             answer = self.exchange(self.assertion(name), audience)
             assert answer.status_code == 200, answer.text
-            self.tokens[name, audience] = answer.json()["access_token"]
-        return self.tokens[name, audience]
+            token = answer.json()["access_token"]
+            self.tokens[name, audience] = token, time.monotonic()
+        return token
 
     def ask(self, name: str, method: str, path: str, body: Any = None, **options: Any) -> Any:
         """The raw answer to a request of `name`, in JSON. A 500 is a fault in whatever test it happens."""
@@ -351,4 +376,16 @@ def empty_world(empty_template: World, tmp_path: Path) -> Iterator[World]:
     shutil.copytree(empty_template.directory, tmp_path / "authority")
     world = World(tmp_path / "authority", empty_template)
     yield world
+    world.authority.close()
+
+
+@pytest.fixture(scope="module")
+def calm_world(sealed_template: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """As `world`, one for a whole file: for tests in which everything is refused, so that nothing may change."""
+    directory = tmp_path_factory.mktemp("calm") / "authority"
+    shutil.copytree(sealed_template.directory, directory)
+    world = World(directory, sealed_template)
+    before = world.content()
+    yield world
+    assert world.content() == before
     world.authority.close()

@@ -7,6 +7,7 @@ never hit; what the process inherits is an allow-listed environment without secr
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import resource
 import subprocess
@@ -71,14 +72,12 @@ class Daemon:
 
     def process(self) -> psutil.Process | None:
         """The running process, or None."""
-        import json
-
         try:
             record = json.loads(self._pid_file.read_bytes())
             process = psutil.Process(record["pid"])
             same = abs(process.create_time() - record["created"]) < 1.0
             alive = process.status() != psutil.STATUS_ZOMBIE
-        except (OSError, ValueError, KeyError, psutil.Error):
+        except (OSError, ValueError, KeyError, TypeError, psutil.Error):
             return None
         return process if same and alive else None
 
@@ -88,8 +87,6 @@ class Daemon:
 
     def status(self) -> dict[str, Any]:
         """The last published state; `{"state": "starting"}` before the first."""
-        import json
-
         try:
             return dict(json.loads(self._status_file.read_bytes()))
         except (OSError, ValueError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -17,10 +18,16 @@ import httpx
 import psutil
 import pytest
 
+from cloister.authority import data
+from cloister.canonical import b64
 from cloister.client.inference import InferenceClient
+from cloister.datasets.manifest import DatasetManifest
 from cloister.errors import TokenExpiredError
 from cloister.process import Daemon
+from cloister.sealing.shard import open_table, shard_aad
 from cloister.signing import keys, tokens
+from cloister.stores.blobs import FolderBlobs
+from cloister.stores.database import Database, data_keys
 from cloister.stores.keys import EmbeddedKeys
 from command_line import ADULT, ROOT, CommandLine, free_port
 
@@ -103,6 +110,68 @@ class Story:
 
     def token(self, who: str) -> str:
         return str(self.line.json("token", who=who)["access_token"])
+
+
+class Leaks:
+    """Looks for keys, the cluster's token and rows wherever a run could leave them, while it runs."""
+
+    def __init__(self, home: Path, cluster: Path, run: str) -> None:
+        self._cluster = cluster
+        self._driver = home / "runs" / run / "driver"
+        self.found: set[str] = set()
+        self.looked = self.files_seen = self.processes_seen = 0
+        service = EmbeddedKeys(home / "authority" / "keys")
+        database = Database(home / "authority" / "state.db")
+        with database.transaction() as connection:
+            manifest = DatasetManifest.parse(data.load(connection, "adult", 1).manifest)
+            wrapped = {row.file: row.wrapped for row in connection.execute(data_keys.select())}
+        database.close()
+        self._needles: dict[str, bytes] = {}
+        blobs = FolderBlobs(home / "authority" / "blobs")
+        for file in manifest.files:
+            key = service.unwrap(wrapped[file.key_name], data.key_context(manifest, file.key_name))
+            aad = shard_aad(manifest.name, manifest.version, file.sensitivity, file.shard)
+            rows = open_table(blobs.get(file.path), key, aad)
+            self._needles[f"data key {file.key_name}"] = key
+            self._needles[f"data key {file.key_name} in base64"] = b64(key).encode()
+            for name in ("age", "occupation", "race"):
+                if name in rows.column_names:  # 96 bytes of the column as it lies in memory
+                    self._needles[f"{name} of {file.shard}"] = rows.column(name).to_numpy().tobytes()[:96]
+        self._needles["run key"] = b"".join((home / "runs" / run / "run.key").read_bytes().splitlines()[1:-1])
+        self._token = (cluster / "token").read_bytes()
+
+    def must_find_what_is_planted(self) -> None:
+        """A search that finds nothing must be able to find something."""
+        planted = self._cluster / "planted"
+        for needle in (next(iter(self._needles.values())), list(self._needles.values())[-2], self._token):
+            planted.write_bytes(b"x" * 5000 + needle + b"y")
+            self.look()
+            assert self.found, "the search is blind"
+            self.found.clear()
+            planted.unlink()
+
+    def look(self) -> None:
+        self.looked += 1
+        files = [path for path in self._cluster.rglob("*") if path.is_file() and not path.is_symlink()]
+        for path in [*files, self._driver / "log", self._driver / "status.json"]:
+            with contextlib.suppress(OSError):
+                content = path.read_bytes()
+                self._search(content, str(path))
+                if path != self._cluster / "token" and self._token in content:
+                    self.found.add(f"the token in {path}")
+        self.files_seen = max(self.files_seen, len(files))
+        members = processes_of(self._cluster)
+        self.processes_seen = max(self.processes_seen, len(members))
+        for process in members:
+            for name in ("environ", "cmdline"):
+                with contextlib.suppress(OSError):
+                    content = Path(f"/proc/{process.pid}/{name}").read_bytes()
+                    self._search(content, f"{name} of a process")
+                    if self._token in content:
+                        self.found.add(f"the token in {name} of a process")
+
+    def _search(self, content: bytes, place: str) -> None:
+        self.found |= {f"{name} in {place}" for name, needle in self._needles.items() if needle in content}
 
 
 @pytest.fixture(scope="module")
@@ -271,19 +340,28 @@ def test_a_changed_shard_ends_the_run_and_costs_no_epsilon(story: Story) -> None
     assert len(story.line.json("model", "list", who="ed")) == 1, "no model came of it"
 
 
-def test_the_job_can_be_submitted_with_rays_own_command(story: Story, tmp_path: Path) -> None:
+def test_rays_own_command_submits_the_job_and_nothing_leaks_while_it_runs(story: Story, tmp_path: Path) -> None:
     spec = tmp_path / "short.yaml"
     spec.write_text(SPEC.read_text().replace("epochs: 20", "epochs: 1").replace("epsilon: 3.0", "epsilon: 0.5"))
     held = story.line.json("train", "submit", spec, "--hold", who="ed", timeout_s=180)
     command = ["job", "submit", "--working-dir", held["jobs"], "--", "python", "train.py", "--run", held["run"]]
-    done = subprocess.run(
-        [sys.executable, "-m", "ray.scripts.scripts", *command],
-        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), **held["environment"]},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    with (tmp_path / "output").open("wb") as output:
+        job = subprocess.Popen(
+            [sys.executable, "-m", "ray.scripts.scripts", *command],
+            env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), **held["environment"]},
+            stdout=output,
+            stderr=output,
+        )
+        leaks = Leaks(story.line.home, Path(held["environment"]["RAY_AUTH_TOKEN_PATH"]).parent, held["run"])
+        leaks.must_find_what_is_planted()
+        while job.poll() is None:
+            leaks.look()
+            time.sleep(1)
+    assert job.returncode == 0, (tmp_path / "output").read_text()[-3000:]
+    assert leaks.looked > 5
+    assert leaks.files_seen > 100
+    assert leaks.processes_seen > 10
+    assert leaks.found == set()
     assert story.line.json("train", "watch", held["run"], who="ed")["state"] == "finished"
     assert [row["model"] for row in story.line.json("model", "list", who="ed")] == ["adult@1", "adult@2"]
 

@@ -61,34 +61,34 @@ def test_a_true_version_is_taken_whole_and_on_record(world: World) -> None:
 
 
 @pytest.mark.parametrize("version", [1, 3, 7])
-def test_a_taken_or_skipped_version_is_a_conflict(world: World, version: int) -> None:
-    with world.still():
-        assert world.refused(409, "olga", "POST", "/v1/datasets", body(world, manifest("adult", version)))
+def test_a_taken_or_skipped_version_is_a_conflict(calm_world: World, version: int) -> None:
+    with calm_world.still():
+        assert calm_world.refused(409, "olga", "POST", "/v1/datasets", body(calm_world, manifest("adult", version)))
 
 
-def test_a_manifest_signed_with_another_key_is_refused(world: World) -> None:
-    for signer in (Person("olga", []), world.people["otto"]):
-        with world.still():
-            world.refused(422, "olga", "POST", "/v1/datasets", body(world, manifest(), signer=signer))
+def test_a_manifest_signed_with_another_key_is_refused(calm_world: World) -> None:
+    for signer in (Person("olga", []), calm_world.people["otto"]):
+        with calm_world.still():
+            calm_world.refused(422, "olga", "POST", "/v1/datasets", body(calm_world, manifest(), signer=signer))
 
 
-def test_an_edited_manifest_is_refused(world: World) -> None:
-    sent = body(world, manifest())
+def test_an_edited_manifest_is_refused(calm_world: World) -> None:
+    sent = body(calm_world, manifest())
     payload = unb64(sent["envelope"]["payload"])
     sent["envelope"]["payload"] = b64(payload.replace(b'"rows":100', b'"rows":900'))
-    with world.still():
-        world.refused(422, "olga", "POST", "/v1/datasets", sent)
+    with calm_world.still():
+        calm_world.refused(422, "olga", "POST", "/v1/datasets", sent)
 
 
-def test_a_signed_digest_of_another_manifest_is_refused(world: World) -> None:
-    with world.still():
-        world.refused(422, "olga", "POST", "/v1/datasets", body(world, manifest(), signed_digest="1" * 64))
+def test_a_signed_digest_of_another_manifest_is_refused(calm_world: World) -> None:
+    with calm_world.still():
+        calm_world.refused(422, "olga", "POST", "/v1/datasets", body(calm_world, manifest(), signed_digest="1" * 64))
 
 
-def test_a_signed_statement_of_another_kind_is_refused(world: World) -> None:
-    sent = body(world, manifest(), predicate="https://cloister.dev/approval/v1")
-    with world.still():
-        world.refused(422, "olga", "POST", "/v1/datasets", sent)
+def test_a_signed_statement_of_another_kind_is_refused(calm_world: World) -> None:
+    sent = body(calm_world, manifest(), predicate="https://cloister.dev/approval/v1")
+    with calm_world.still():
+        calm_world.refused(422, "olga", "POST", "/v1/datasets", sent)
 
 
 def key_names() -> list[str]:
@@ -116,30 +116,32 @@ FIRST = key_names()[0]
         canonical_json(GOOD)[:-1] + b',"%s":"%s"}' % (FIRST.encode(), b64(new_key()).encode()),
     ],
 )
-def test_keys_that_are_not_one_for_each_file_are_refused(world: World, keys: Any) -> None:
-    with world.still():
-        answer = world.ask("olga", "POST", "/v1/datasets", body(world, manifest(), keys=keys))
+def test_keys_that_are_not_one_for_each_file_are_refused(calm_world: World, keys: Any) -> None:
+    with calm_world.still():
+        answer = calm_world.ask("olga", "POST", "/v1/datasets", body(calm_world, manifest(), keys=keys))
     assert answer.status_code in (400, 422)
     assert not any(key in answer.text for key in GOOD.values())
 
 
-def test_keys_sealed_for_another_manifest_are_refused(world: World) -> None:
-    with world.still():
-        world.refused(422, "olga", "POST", "/v1/datasets", body(world, manifest(), sealed_for="sha256:" + "1" * 64))
-    stolen = body(world, manifest())["sealed_keys"]
-    with world.still():
-        sent = body(world, manifest(version=1, shards=3)) | {"sealed_keys": stolen}
-        world.refused(422, "olga", "POST", "/v1/datasets", sent)
+def test_keys_sealed_for_another_manifest_are_refused(calm_world: World) -> None:
+    with calm_world.still():
+        calm_world.refused(
+            422, "olga", "POST", "/v1/datasets", body(calm_world, manifest(), sealed_for="sha256:" + "1" * 64)
+        )
+    stolen = body(calm_world, manifest())["sealed_keys"]
+    with calm_world.still():
+        sent = body(calm_world, manifest(version=1, shards=3)) | {"sealed_keys": stolen}
+        calm_world.refused(422, "olga", "POST", "/v1/datasets", sent)
 
 
-def test_nobody_seals_the_next_version_of_anothers_dataset(world: World) -> None:
-    with world.still("denied"):
-        sent = body(world, manifest("adult", 2), signer=world.people["otto"])
-        world.refused(403, "otto", "POST", "/v1/datasets", sent)
-    with world.still("denied"):
-        world.refused(403, "otto", "GET", "/v1/datasets/adult/next")
-    with world.still("denied"):
-        world.refused(403, "otto", "PUT", "/v1/datasets/adult/budget", {"epsilon": 50.0, "delta": 1e-3})
+def test_nobody_seals_the_next_version_of_anothers_dataset(calm_world: World) -> None:
+    with calm_world.still("denied"):
+        sent = body(calm_world, manifest("adult", 2), signer=calm_world.people["otto"])
+        calm_world.refused(403, "otto", "POST", "/v1/datasets", sent)
+    with calm_world.still("denied"):
+        calm_world.refused(403, "otto", "GET", "/v1/datasets/adult/next")
+    with calm_world.still("denied"):
+        calm_world.refused(403, "otto", "PUT", "/v1/datasets/adult/budget", {"epsilon": 50.0, "delta": 1e-3})
 
 
 def contradictions() -> list[dict[str, Any]]:
@@ -170,17 +172,17 @@ def contradictions() -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("facts", contradictions())
-def test_a_manifest_that_contradicts_itself_is_refused(world: World, facts: dict[str, Any]) -> None:
-    with world.still():
-        world.refused(400, "olga", "POST", "/v1/datasets", body(world, facts))
+def test_a_manifest_that_contradicts_itself_is_refused(calm_world: World, facts: dict[str, Any]) -> None:
+    with calm_world.still():
+        calm_world.refused(400, "olga", "POST", "/v1/datasets", body(calm_world, facts))
 
 
-def test_a_deeply_nested_manifest_is_no_fault(world: World) -> None:
+def test_a_deeply_nested_manifest_is_no_fault(calm_world: World) -> None:
     deep: dict[str, Any] = {}
     for _ in range(150):
         deep = {"a": deep}
-    with world.still():
-        world.refused(400, "olga", "POST", "/v1/datasets", body(world, manifest() | {"dataset_schema": deep}))
+    with calm_world.still():
+        calm_world.refused(400, "olga", "POST", "/v1/datasets", body(calm_world, manifest() | {"dataset_schema": deep}))
 
 
 def test_a_crash_between_two_writes_leaves_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,17 +203,17 @@ def test_a_crash_between_two_writes_leaves_nothing(world: World, monkeypatch: py
     world.post("olga", "/v1/datasets", sent)
 
 
-def test_an_action_that_asks_no_policy_does_nothing(world: World) -> None:
-    with world.still("denied"), pytest.raises(PermissionDeniedError), \
-            world.authority.core.action(world.caller("olga"), "dataset:seal") as act:  # fmt: skip
+def test_an_action_that_asks_no_policy_does_nothing(calm_world: World) -> None:
+    with calm_world.still("denied"), pytest.raises(PermissionDeniedError), \
+            calm_world.authority.core.action(calm_world.caller("olga"), "dataset:seal") as act:  # fmt: skip
         act.connection.exec_driver_sql("DELETE FROM budgets")
 
 
-def test_a_refused_seal_leaves_no_blob(world: World) -> None:
-    blobs = FolderBlobs.from_url(world.authority.datasets.blobs_url)
+def test_a_refused_seal_leaves_no_blob(calm_world: World) -> None:
+    blobs = FolderBlobs.from_url(calm_world.authority.datasets.blobs_url)
     before = sorted(blobs.root.rglob("*"))
     with pytest.raises(CloisterError):
-        world.seal("otto")
+        calm_world.seal("otto")
     assert sorted(blobs.root.rglob("*")) == before
 
 
@@ -226,10 +228,10 @@ def test_the_authority_keeps_no_data_key_in_clear(world: World) -> None:
 
 
 @pytest.mark.parametrize("budget", [(0.0, 1e-5), (-1.0, 1e-5), (101.0, 1e-5), (1.0, 0.0), (1.0, 0.5), (1e308, 1e-5)])
-def test_a_budget_outside_its_range_is_refused(world: World, budget: tuple[float, float]) -> None:
-    with world.still():
+def test_a_budget_outside_its_range_is_refused(calm_world: World, budget: tuple[float, float]) -> None:
+    with calm_world.still():
         sent = dict(zip(("epsilon", "delta"), budget, strict=True))
-        world.refused(400, "olga", "PUT", "/v1/datasets/adult/budget", sent)
+        calm_world.refused(400, "olga", "PUT", "/v1/datasets/adult/budget", sent)
 
 
 def test_a_budget_is_not_lowered_below_what_is_held(world: World) -> None:

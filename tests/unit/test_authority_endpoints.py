@@ -58,7 +58,7 @@ def csr(key: Any) -> str:
 @pytest.mark.parametrize(
     "key",
     [ed25519.Ed25519PrivateKey.generate(), ec.generate_private_key(ec.SECP384R1()),
-     rsa.generate_private_key(public_exponent=65537, key_size=1024), None],
+     rsa.generate_private_key(public_exponent=65537, key_size=2048), None],
 )  # fmt: skip
 def test_a_certificate_is_issued_to_a_p256_request_only(released: World, key: Any) -> None:
     body = released.deploy_body(Person("x", [])) | {"csr": csr(key) if key else "-----BEGIN NOTHING-----"}

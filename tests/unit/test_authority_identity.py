@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from authority_world import CODE, ROLES, URL, Person, World, lease_body, receiver, training_spec
+from authority_world import APP, CODE, ROLES, URL, Person, World, lease_body, receiver, training_spec
 from cloister.authority import api
 from cloister.authority.identity import ROLES as KNOWN_ROLES
 from cloister.authority.identity import add_identity
@@ -62,40 +62,40 @@ def test_a_replay_is_refused_for_as_long_as_the_assertion_would_hold(empty_world
         {"subject": "x" * 256},
     ],
 )
-def test_a_false_assertion_gets_no_token(empty_world: World, changes: dict[str, Any]) -> None:
-    counts = empty_world.counts()
-    answer = empty_world.exchange(empty_world.assertion("ed", **changes))
+def test_a_false_assertion_gets_no_token(calm_world: World, changes: dict[str, Any]) -> None:
+    counts = calm_world.counts()
+    answer = calm_world.exchange(calm_world.assertion("ed", **changes))
     assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
-    assert empty_world.counts() == counts
+    assert calm_world.counts() == counts
 
 
-def test_half_a_character_in_a_name_is_no_fault(empty_world: World) -> None:
-    head, _, signature = empty_world.assertion("ed").split(".")
+def test_half_a_character_in_a_name_is_no_fault(calm_world: World) -> None:
+    head, _, signature = calm_world.assertion("ed").split(".")
     payload = base64.urlsafe_b64encode(b'{"sub": "e\\ud800d"}').rstrip(b"=").decode()
-    assert empty_world.exchange(f"{head}.{payload}.{signature}").status_code == 401
+    assert calm_world.exchange(f"{head}.{payload}.{signature}").status_code == 401
 
 
 @pytest.mark.parametrize("assertion", ["", "x", "a.b.c", "é" * 10, "x" * 5000, "e30.e30.e30"])
-def test_what_is_no_assertion_gets_no_token(empty_world: World, assertion: str) -> None:
-    assert empty_world.exchange(assertion).status_code in (400, 401)
+def test_what_is_no_assertion_gets_no_token(calm_world: World, assertion: str) -> None:
+    assert calm_world.exchange(assertion).status_code in (400, 401)
 
 
-def test_an_unknown_audience_and_another_grant_are_refused(empty_world: World) -> None:
-    assert empty_world.exchange(empty_world.assertion("ed"), "urn:cloister:root").status_code == 400
-    form = {"grant_type": "password", "assertion": empty_world.assertion("ed"), "resource": INFERENCE}
-    assert empty_world.http.post("/v1/token", data=form).status_code == 400
-    assert empty_world.http.post("/v1/token", json=form).status_code == 400
+def test_an_unknown_audience_and_another_grant_are_refused(calm_world: World) -> None:
+    assert calm_world.exchange(calm_world.assertion("ed"), "urn:cloister:root").status_code == 400
+    form = {"grant_type": "password", "assertion": calm_world.assertion("ed"), "resource": INFERENCE}
+    assert calm_world.http.post("/v1/token", data=form).status_code == 400
+    assert calm_world.http.post("/v1/token", json=form).status_code == 400
 
 
-def test_a_token_for_inference_is_no_token_for_the_authority(empty_world: World) -> None:
-    token = empty_world.token("operator", INFERENCE)
-    answer = empty_world.http.get("/v1/identities", headers={"Authorization": f"Bearer {token}"})
+def test_a_token_for_inference_is_no_token_for_the_authority(calm_world: World) -> None:
+    token = calm_world.token("operator", INFERENCE)
+    answer = calm_world.http.get("/v1/identities", headers={"Authorization": f"Bearer {token}"})
     assert answer.status_code == 401
 
 
-def test_an_assertion_is_no_access_token(empty_world: World) -> None:
-    assertion = empty_world.assertion("operator", audience=AUTHORITY_AUDIENCE)
-    assert empty_world.http.get("/v1/runs", headers={"Authorization": f"Bearer {assertion}"}).status_code == 401
+def test_an_assertion_is_no_access_token(calm_world: World) -> None:
+    assertion = calm_world.assertion("operator", audience=AUTHORITY_AUDIENCE)
+    assert calm_world.http.get("/v1/runs", headers={"Authorization": f"Bearer {assertion}"}).status_code == 401
 
 
 def test_an_expired_access_token_is_refused(empty_world: World) -> None:
@@ -105,18 +105,18 @@ def test_an_expired_access_token_is_refused(empty_world: World) -> None:
 
 
 @pytest.mark.parametrize("claims", [{"roles": ["operator"]}, {"subject": "operator"}])
-def test_a_token_of_ones_own_making_is_refused(empty_world: World, claims: dict[str, Any]) -> None:
+def test_a_token_of_ones_own_making_is_refused(calm_world: World, claims: dict[str, Any]) -> None:
     facts: dict[str, Any] = {"issuer": URL, "subject": "ed", "audience": AUTHORITY_AUDIENCE, "roles": ["engineer"],
-                             "lifetime_s": 60, "now": empty_world.clock()}  # fmt: skip
-    key_id = empty_world.authority.identities.token_key_id
-    token = tokens.issue(empty_world.people["ed"].private, key_id=key_id, **(facts | claims))
-    answer = empty_world.http.get("/v1/identities", headers={"Authorization": f"Bearer {token}"})
+                             "lifetime_s": 60, "now": calm_world.clock()}  # fmt: skip
+    key_id = calm_world.authority.identities.token_key_id
+    token = tokens.issue(calm_world.people["ed"].private, key_id=key_id, **(facts | claims))
+    answer = calm_world.http.get("/v1/identities", headers={"Authorization": f"Bearer {token}"})
     assert answer.status_code == 401
 
 
 @pytest.mark.parametrize("header", ["", "Bearer", "Bearer ", "Basic b3BlcmF0b3I6", "Bearer a.b.c", "Bearer \xe9"])
-def test_a_malformed_authorization_header_is_refused(empty_world: World, header: str) -> None:
-    answer = empty_world.http.get("/v1/runs", headers={"Authorization": header.encode("latin-1")})
+def test_a_malformed_authorization_header_is_refused(calm_world: World, header: str) -> None:
+    answer = calm_world.http.get("/v1/runs", headers={"Authorization": header.encode("latin-1")})
     assert answer.status_code == 401
 
 
@@ -144,19 +144,19 @@ def test_a_malformed_authorization_header_is_refused(empty_world: World, header:
         (newcomer() | {"roles": ["\ud800"]}, 400),
     ],
 )
-def test_a_false_registration_makes_nobody(empty_world: World, body: dict[str, Any], status: int) -> None:
-    counts = empty_world.counts()["identities"]
+def test_a_false_registration_makes_nobody(calm_world: World, body: dict[str, Any], status: int) -> None:
+    counts = calm_world.counts()["identities"]
     # Not through `json=`: half a character has to arrive as it is.
-    answer = empty_world.ask("operator", "POST", "/v1/identities", content=json.dumps(body))
+    answer = calm_world.ask("operator", "POST", "/v1/identities", content=json.dumps(body))
     assert answer.status_code == status, answer.text
-    assert empty_world.counts()["identities"] == counts
+    assert calm_world.counts()["identities"] == counts
 
 
-def test_one_key_is_one_person_however_it_is_written(empty_world: World) -> None:
-    key = empty_world.people["ed"].public
-    with empty_world.still(entries=4):
+def test_one_key_is_one_person_however_it_is_written(calm_world: World) -> None:
+    key = calm_world.people["ed"].public
+    with calm_world.still(entries=4):
         for text in (key, key.replace("\n", "\r\n"), "\n" + key + "\n\n", "comment\n" + key):
-            assert empty_world.refused(409, "operator", "POST", "/v1/identities", newcomer(key=text)) == "ConflictError"
+            assert calm_world.refused(409, "operator", "POST", "/v1/identities", newcomer(key=text)) == "ConflictError"
 
 
 def test_a_person_cannot_take_the_name_of_a_workload(world: World) -> None:
@@ -190,11 +190,11 @@ def test_the_directory_shows_no_keys_and_no_workloads(world: World) -> None:
 PATH_VALUES = {"name": "adult", "version": "1", "run": "RUN", "approval": "apr-1", "endpoint": "ep-1"}
 
 
-def routes(world: World) -> list[tuple[str, str]]:
+def routes() -> list[tuple[str, str]]:
     """Every (method, path) of the OpenAPI document that is not public."""
     listed = [
         (method.upper(), re.sub(r"\{(\w+)\}", lambda match: PATH_VALUES[match[1]], path))
-        for path, methods in world.app.openapi()["paths"].items()
+        for path, methods in APP.openapi()["paths"].items()
         for method in methods
         if path not in api.PUBLIC
     ]
@@ -227,23 +227,23 @@ def bodies(world: World, name: str, run: str) -> dict[tuple[str, str], dict[str,
     }  # fmt: skip
 
 
-def test_no_route_answers_without_a_token(empty_world: World) -> None:
-    counts = empty_world.counts()
-    listed = routes(empty_world)
-    given = bodies(empty_world, "ed", "RUN")
+def test_no_route_answers_without_a_token(calm_world: World) -> None:
+    counts = calm_world.counts()
+    listed = routes()
+    given = bodies(calm_world, "ed", "RUN")
     for method, path in [*listed, ("GET", "/v1/not-there"), ("GET", "/"), ("DELETE", "/v1/runs")]:
         for body in (None, given.get((method, path)), "garbage"):
-            answer = empty_world.http.request(method, path, json=body)
+            answer = calm_world.http.request(method, path, json=body)
             assert (answer.status_code, answer.json()["kind"]) == (401, "AuthenticationError"), (method, path)
-    assert empty_world.counts() == counts
+    assert calm_world.counts() == counts
 
 
-def test_the_public_paths_are_the_ones_that_are_meant(empty_world: World) -> None:
-    documented = {path for path in empty_world.app.openapi()["paths"] if path in api.PUBLIC}
+def test_the_public_paths_are_the_ones_that_are_meant(calm_world: World) -> None:
+    documented = {path for path in APP.openapi()["paths"] if path in api.PUBLIC}
     assert documented == {"/v1/health", "/v1/info", "/v1/checkpoint", "/v1/token"}
-    assert empty_world.http.get("/v1/health").json() == {"status": "ok"}
+    assert calm_world.http.get("/v1/health").json() == {"status": "ok"}
     for path in api.PUBLIC - {"/v1/token"}:
-        answer = empty_world.http.get(path)
+        answer = calm_world.http.get(path)
         assert answer.status_code == 200
         assert "PRIVATE" not in answer.text
 
@@ -285,7 +285,7 @@ def test_nobody_gets_further_than_their_role(world: World, who: str) -> None:
         with world.authority.core.database.transaction() as connection:
             add_identity(connection, name, world.people[name].roles, world.people[name].public, "test", 0.0)
     given = bodies(world, name, run)
-    for method, listed in routes(world):
+    for method, listed in routes():
         path = listed.replace("RUN", run)
         label = f"{method} {listed}"
         if label in ALLOWED[who]:
@@ -311,18 +311,18 @@ def test_every_role_reads_what_it_is_meant_to(world: World, who: str) -> None:
 # ---- bodies ----
 
 
-def test_a_body_over_the_limit_is_refused(empty_world: World) -> None:
-    headers = {"Authorization": f"Bearer {empty_world.token('ed')}"}
+def test_a_body_over_the_limit_is_refused(calm_world: World) -> None:
+    headers = {"Authorization": f"Bearer {calm_world.token('ed')}"}
     big = b"x" * (api.MAX_BODY_BYTES + 1)
-    assert empty_world.http.post("/v1/plans", content=big, headers=headers).status_code == 413
-    assert empty_world.http.post("/v1/token", content=big).status_code == 413
+    assert calm_world.http.post("/v1/plans", content=big, headers=headers).status_code == 413
+    assert calm_world.http.post("/v1/token", content=big).status_code == 413
     for length in ("9" * 5000, "-1", "1e3", "²"):
         lied = headers | {"Content-Length": length.encode("latin-1")}
-        assert empty_world.http.post("/v1/plans", content=b"{}", headers=lied).status_code == 413
-    chunked = empty_world.http.post("/v1/plans", content=iter([b"{}"]), headers=headers)
+        assert calm_world.http.post("/v1/plans", content=b"{}", headers=lied).status_code == 413
+    chunked = calm_world.http.post("/v1/plans", content=iter([b"{}"]), headers=headers)
     assert chunked.status_code == 413
     both = headers | {"Content-Length": "2", "Transfer-Encoding": "chunked"}
-    assert empty_world.http.post("/v1/plans", content=b"{}", headers=both).status_code == 413
+    assert calm_world.http.post("/v1/plans", content=b"{}", headers=both).status_code == 413
 
 
 @pytest.mark.parametrize(
@@ -333,9 +333,9 @@ def test_a_body_over_the_limit_is_refused(empty_world: World) -> None:
         b'{"spec": {"dataset": ' + b"9" * 5000 + b"}}", b'{"spec": {"dataset": "\\ud800"}}',
     ],
 )  # fmt: skip
-def test_garbage_is_refused_without_showing_it(empty_world: World, content: bytes) -> None:
-    with empty_world.still(entries=0):
-        answer = empty_world.ask("ed", "POST", "/v1/plans", content=content)
+def test_garbage_is_refused_without_showing_it(calm_world: World, content: bytes) -> None:
+    with calm_world.still(entries=0):
+        answer = calm_world.ask("ed", "POST", "/v1/plans", content=content)
     assert answer.status_code == 400
     assert "SECRET" not in answer.text
 
@@ -358,11 +358,11 @@ def test_garbage_is_refused_without_showing_it(empty_world: World, content: byte
         ("DELETE", "/v1/runs"),
     ],
 )
-def test_odd_paths_are_no_faults(world: World, method: str, path: str) -> None:
+def test_odd_paths_are_no_faults(calm_world: World, method: str, path: str) -> None:
     for name in ("operator", "olga"):
-        before = world.content()
-        assert world.ask(name, method, path).status_code in (200, 400, 403, 404, 405)
-        assert world.content() == before
+        before = calm_world.content()
+        assert calm_world.ask(name, method, path).status_code in (200, 400, 403, 404, 405)
+        assert calm_world.content() == before
 
 
 def test_an_unexpected_fault_shows_and_logs_only_its_type(

@@ -97,15 +97,15 @@ def test_two_submits_at_once_cannot_both_take_the_last_epsilon(world: World) -> 
         {"name": "../../adult"},
     ],
 )
-def test_a_spec_that_cannot_be_is_refused_at_once(world: World, spec: dict[str, Any]) -> None:
-    before = world.content()
+def test_a_spec_that_cannot_be_is_refused_at_once(calm_world: World, spec: dict[str, Any]) -> None:
+    before = calm_world.content()
     for path, body in (("/v1/plans", {"spec": training_spec(**spec)}), ("/v1/runs", run_body(**spec))):
-        assert world.refused(400, "ed", "POST", path, body) == "InputError"
-    assert world.content() == before
+        assert calm_world.refused(400, "ed", "POST", path, body) == "InputError"
+    assert calm_world.content() == before
 
 
-def test_an_unknown_dataset_is_not_found(world: World) -> None:
-    assert world.refused(404, "ed", "POST", "/v1/plans", {"spec": training_spec(dataset="adult@2")})
+def test_an_unknown_dataset_is_not_found(calm_world: World) -> None:
+    assert calm_world.refused(404, "ed", "POST", "/v1/plans", {"spec": training_spec(dataset="adult@2")})
 
 
 # ---- leases ----
@@ -134,7 +134,7 @@ def test_a_run_on_a_restricted_label_from_before_gets_no_restricted_key(
 ) -> None:
     """Even if a spec were accepted that must not be: the lease holds the line by itself."""
     monkeypatch.setattr(
-        runs_module, "_label", lambda spec, manifest: DatasetSchema.from_mapping(manifest.dataset_schema).column("sex")
+        runs_module, "_label", lambda _, manifest: DatasetSchema.from_mapping(manifest.dataset_schema).column("sex")
     )
     run = world.submit()
     assert not any("restricted" in name for name in world.lease(run).keys)
@@ -306,7 +306,7 @@ def test_a_finished_run_is_charged_what_is_certified(world: World) -> None:
 
 def test_no_number_of_steps_costs_more_than_the_plan(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = world.get("ed", f"/v1/runs/{world.submit()}")["plan"]
-    monkeypatch.setattr(runs_module, "_epsilon_after", lambda _plan, steps: EPSILON + 0.01)
+    monkeypatch.setattr(runs_module, "_epsilon_after", lambda *_: EPSILON + 0.01)
     assert runs_module.settle(plan, STEPS - 1) == (EPSILON, DELTA)
     assert runs_module.settle(plan, 0) == (0.0, 0.0)
 

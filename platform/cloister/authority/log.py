@@ -32,14 +32,15 @@ class Log:
         """
         with self._core.reading(caller, "audit:read") as act:
             act.allow(PLATFORM)
-            rows = act.connection.execute(select(log_entries).order_by(log_entries.c["index"].desc()))
             found: list[dict[str, Any]] = []
-            for row in rows:
-                event = Event.from_bytes(_stored(row.entry))
-                if event.action.startswith(action) and (not actor or event.actor == actor):
-                    found.append({"index": row.index} | asdict(event))
-                if len(found) >= limit:
-                    break
+            query = select(log_entries).order_by(log_entries.c["index"].desc())
+            with act.connection.execute(query) as rows:  # an open cursor would keep the connection's old snapshot
+                for row in rows:
+                    event = Event.from_bytes(_stored(row.entry))
+                    if event.action.startswith(action) and (not actor or event.actor == actor):
+                        found.append({"index": row.index} | asdict(event))
+                    if len(found) >= limit:
+                        break
         return found[::-1]
 
     def export(self, caller: Caller) -> dict[str, Any]:

@@ -131,9 +131,13 @@ class Models:
         with self._core.action(caller, "model:promote") as act:
             row = load(act.connection, name, version)
             act.allow(model_resource(row))
-            if row.stage != "candidate":
-                raise ConflictError(f"{name}@{version} is {row.stage}", "list the models: cloister model list")
-            good = self._good_votes(act.connection, row)
+            if row.stage not in ("candidate", "superseded"):  # superseded: back to a version that was good once
+                raise ConflictError(f"{name}@{version} is in {row.stage}", "list the models: cloister model list")
+            good, refused = self._votes(act.connection, row)
+            if refused:
+                raise ConflictError(
+                    f"{name}@{version} was refused by {', '.join(refused)}", "train a new version; a refusal is final"
+                )
             if len(good) < REQUIRED_APPROVALS:
                 missing = self._request(act, row, caller)
                 act.outcome = "denied"
@@ -173,8 +177,8 @@ class Models:
         )  # fmt: skip
         return approval
 
-    def _good_votes(self, connection: Connection, row: Any) -> list[Any]:
-        """Unexpired approvals of this digest by people other than the author."""
+    def _votes(self, connection: Connection, row: Any) -> tuple[list[Any], list[str]]:
+        """Unexpired approvals of this digest by people other than the author, and who refused it."""
         query = (
             select(votes)
             .join(approvals, approvals.c.id == votes.c.approval)
@@ -184,9 +188,9 @@ class Models:
             )
         )  # fmt: skip
         rows = connection.execute(query).all()
-        if any(vote.decision != "approve" for vote in rows):
-            return []
-        return list({vote.person: vote for vote in rows if vote.person != row.author}.values())
+        refused = sorted(vote.person for vote in rows if vote.decision != "approve")
+        good = {vote.person: vote for vote in rows if vote.decision == "approve" and vote.person != row.author}
+        return list(good.values()), refused
 
     def approvals(self, caller: Caller) -> list[dict[str, Any]]:
         """Requests that have not expired, with their votes."""
@@ -280,7 +284,7 @@ class Models:
 
     def evidence(self, connection: Connection, row: Any) -> dict[str, Any]:
         """What a replica needs to verify a release by itself, except the model's bytes and key."""
-        good = self._good_votes(connection, row)
+        good, _ = self._votes(connection, row)
         people = [row.author, *(vote.person for vote in good)]
         found = {
             person.name: person

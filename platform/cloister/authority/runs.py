@@ -236,6 +236,16 @@ class Runs:
         act.allow(dataset_resource(spec.dataset, row.owner))
         manifest = DatasetManifest.parse(row.manifest)
         _label(spec, manifest)
+        schema = DatasetSchema.from_mapping(manifest.dataset_schema)
+        for field, asked, granted in (
+            ("purpose", spec.purpose, schema.purpose),
+            ("resources.region", spec.resources.region, schema.region),
+        ):
+            if asked != granted:
+                raise InputError(
+                    f"{spec.dataset} is held for {field} {granted!r} only",
+                    f"set {field} in the spec, or ask {row.owner}",
+                )
         if spec.resources.workers > len(manifest.shards("train")):
             raise InputError(
                 f"{spec.resources.workers} workers cannot share {len(manifest.shards('train'))} shards",

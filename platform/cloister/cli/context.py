@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from cloister.client.authority import AuthorityClient
 
 IDENTITY_VARIABLE = "CLOISTER_AS"
+_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,20 @@ def authority_address(home: Home) -> tuple[str, Path]:
         home.client / "authority.json", what="authority known to this machine", hint="start one: cloister up"
     )
     return str(facts["url"]), home.client / "ca.pem"
+
+
+class NameType(click.ParamType[str]):
+    """A name or an id as a word that may stand in a URL and in a path."""
+
+    name = "name"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not _WORD.fullmatch(value):
+            raise InputError(f"{value[:40]!r} is not a name or an id", "use one that a `list` command shows")
+        return value
+
+
+NAME = NameType()
 
 
 def common(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from cloister.cli import output
-from cloister.cli.context import Context, common
+from cloister.cli.context import NAME, Context, common
 
 
 @click.group()
@@ -100,7 +100,7 @@ def budget() -> None:
 
 
 @budget.command(name="set")
-@click.argument("dataset")
+@click.argument("dataset", type=NAME)
 @click.option("--epsilon", type=float, required=True, help="Total over all runs, at most 100.")
 @click.option("--delta", type=float, required=True, help="Total over all runs, below 0.01.")
 @common
@@ -111,7 +111,7 @@ def set_(context: Context, dataset: str, epsilon: float, delta: float) -> None:
 
 
 @budget.command(name="show")
-@click.argument("dataset")
+@click.argument("dataset", type=NAME)
 @common
 def show_budget(context: Context, dataset: str) -> None:
     """Show the budget, what is left, and who spent it."""

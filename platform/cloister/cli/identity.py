@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from cloister.cli import output
-from cloister.cli.context import Context, common, key_file
+from cloister.cli.context import NAME, Context, common, key_file
 from cloister.errors import ConflictError, NotFoundError
 from cloister.stores.files import private_directory, write_atomic
 
@@ -15,7 +15,7 @@ RESOURCES = {"authority": "urn:cloister:authority", "inference": "urn:cloister:i
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", type=NAME)
 @common
 def login(context: Context, name: str) -> None:
     """Choose who you are on this machine, and check that the authority agrees."""
@@ -46,7 +46,7 @@ def identity() -> None:
 
 
 @identity.command()
-@click.argument("name")
+@click.argument("name", type=NAME)
 @click.option("--role", "roles", multiple=True, required=True, help="May be given more than once.")
 @click.option(
     "--public-key", type=click.Path(path_type=Path), help="Their public key (PEM); default: make a pair here."
@@ -93,7 +93,7 @@ def list_(context: Context) -> None:
 
 
 @identity.command()
-@click.argument("name")
+@click.argument("name", type=NAME)
 @common
 def new(context: Context, name: str) -> None:
     """Make a key pair on this machine, for somebody else to register."""

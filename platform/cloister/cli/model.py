@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from cloister.cli import output
-from cloister.cli.context import Context, common
+from cloister.cli.context import NAME, Context, common
 from cloister.errors import ConflictError, IntegrityError, NotFoundError
 
 
@@ -164,7 +164,7 @@ def list_approvals(context: Context) -> None:
 
 
 @click.command()
-@click.argument("approval")
+@click.argument("approval", type=NAME)
 @common
 def approve(context: Context, approval: str) -> None:
     """Approve a model for production, signed with your own key over exactly this model."""
@@ -172,7 +172,7 @@ def approve(context: Context, approval: str) -> None:
 
 
 @click.command()
-@click.argument("approval")
+@click.argument("approval", type=NAME)
 @common
 def deny(context: Context, approval: str) -> None:
     """Refuse a model, signed with your own key. One refusal outweighs any number of approvals."""

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from cloister.cli import output
-from cloister.cli.context import Context, authority_address, common
+from cloister.cli.context import NAME, Context, authority_address, common
 from cloister.errors import CloisterError, InputError, NotFoundError, UnavailableError
 
 DEPLOY_TIMEOUT_S = 120.0
@@ -37,7 +37,7 @@ class Quota(click.ParamType[tuple[int, int]]):
 
 
 @serve.command()
-@click.argument("model")
+@click.argument("model", type=NAME)
 @click.option("--port", type=click.IntRange(1024, 65535), default=DEFAULT_PORT, show_default=True)
 @click.option("--replicas", type=click.IntRange(1, 64), default=1, show_default=True)
 @click.option("--quota", type=Quota(), default="600/60s", show_default=True, help="Rows for each caller per window.")
@@ -125,7 +125,7 @@ def status(context: Context) -> None:
 
 
 @serve.command()
-@click.argument("endpoint")
+@click.argument("endpoint", type=NAME)
 @common
 def stop(context: Context, endpoint: str) -> None:
     """Stop an endpoint: its replicas here, and its right to leases."""
@@ -140,7 +140,7 @@ def stop(context: Context, endpoint: str) -> None:
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", type=NAME)
 @click.argument("rows", type=click.Path(path_type=Path))
 @click.option("--url", default=f"https://127.0.0.1:{DEFAULT_PORT}", show_default=True)
 @click.option("--token-file", type=click.Path(path_type=Path), help="An access token, instead of your key.")

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from cloister.cli import output
-from cloister.cli.context import Context, authority_address, common
+from cloister.cli.context import NAME, Context, authority_address, common
 from cloister.errors import NotFoundError, UnavailableError, from_dict
 
 POLL_S = 0.4
@@ -128,7 +128,7 @@ def _say_how_to_submit(context: Context, run: str, jobs: Path, status: dict[str,
 
 
 @train.command()
-@click.argument("run")
+@click.argument("run", type=NAME)
 @common
 def watch(context: Context, run: str) -> None:
     """Show steps, epsilon spent and throughput until the run ends."""
@@ -175,7 +175,7 @@ def _wait_until_gone(context: Context, run: str) -> None:
 
 
 @train.command()
-@click.argument("run")
+@click.argument("run", type=NAME)
 @common
 def status(context: Context, run: str) -> None:
     """Show one run."""
@@ -190,7 +190,7 @@ def status(context: Context, run: str) -> None:
 
 
 @train.command()
-@click.argument("run")
+@click.argument("run", type=NAME)
 @common
 def stop(context: Context, run: str) -> None:
     """Stop a run. What it has committed stays charged; the rest of its epsilon is free again."""

@@ -7,6 +7,7 @@ the very error that the server described.
 
 from __future__ import annotations
 
+import math
 import ssl
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -70,7 +71,7 @@ class InferenceClient:
         """The label of each row and that label's probability.
 
         Raises:
-            InputError: the columns cannot be sent: no numbers or strings, or mixed.
+            InputError: the columns cannot be sent: no finite numbers or strings, or mixed.
             UnavailableError: nobody answers, or not with the expected certificate.
             CloisterError: what the server refused with.
         """
@@ -79,8 +80,11 @@ class InferenceClient:
             for name, values in columns.items()
         ]
         answer = self._send("POST", f"/v2/models/{quote(model, safe='')}/infer", {"inputs": tensors})
-        outputs = {output["name"]: output["data"] for output in answer["outputs"]}
-        return list(zip(outputs["label"], outputs["probability"], strict=True))
+        try:
+            outputs = {output["name"]: output["data"] for output in answer["outputs"]}
+            return list(zip(outputs["label"], outputs["probability"], strict=True))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UnavailableError("the endpoint's answer is not one of Cloister's", "check the URL") from error
 
     def metadata(self, model: str) -> dict[str, Any]:
         """What the model takes and gives.
@@ -123,6 +127,8 @@ def _datatype(name: str, values: Sequence[object]) -> str:
         return "BYTES"
     if kinds == {int}:
         return "INT64"
-    if kinds and kinds <= {int, float}:
+    if kinds and kinds <= {int, float} and all(math.isfinite(value) for value in values):  # type: ignore[arg-type]  # numbers
         return "FP64"
-    raise InputError(f"column `{name}` is neither all strings nor all numbers", "send one kind of value per column")
+    raise InputError(
+        f"column `{name}` is neither all strings nor all finite numbers", "send one kind of value per column"
+    )
