@@ -8,11 +8,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed$(if $(CUDA),-cuda)
 
-.PHONY: demo test test-fast lint bench lock clean
+# torch first and by itself: asked without hashes, pip takes the CPU build where it is offered one, also from a folder
+# of wheels; then its hash is checked. (With hashes, pip would always prefer the index, whose build is for GPUs.)
+define TAKE_CPU_TORCH
+sed -n '/^torch==/,/[^\\]$$/p' requirements.lock > $(VENV)/torch.lock
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $(VENV)/wheels torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-index --find-links $(VENV)/wheels --require-hashes -r $(VENV)/torch.lock
+	rm -rf $(VENV)/wheels
+endef
+
+.PHONY: demo install test test-fast lint bench lock clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
 	$(BIN)/cloister demo
+
+install: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
@@ -36,6 +47,7 @@ lock: $(STAMP)
 $(STAMP): requirements.lock requirements-cuda.lock pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer"; echo "hint:  install one, or name it: make PYTHON=…"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+	$(if $(CUDA),,$(TAKE_CPU_TORCH))
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock $(if $(CUDA),-r requirements-cuda.lock)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@$(BIN)/python -c 'import torch' 2>/dev/null || { echo "error: torch does not load: pip found its GPU build here"; echo "hint:  make CUDA=1, or let pip find a CPU build of torch 2.13.0 (see README, Installing)"; exit 1; }

@@ -247,7 +247,7 @@ class World:
     def seal(self, owner: str = "olga", **schema: Any) -> dict[str, Any]:
         return seal_dataset(
             self.client(owner), self.people[owner].private, rows_of_adult(), adult_schema(**schema),
-            shards=SHARDS, holdout=0.2,
+            shards=SHARDS, holdout=0.2, receiving_key=self.authority.receiving_public,
         )  # fmt: skip
 
     def set_budget(self, epsilon: float = 10.0, delta: float = 1e-4, owner: str = "olga") -> None:
@@ -281,7 +281,7 @@ class World:
         FolderBlobs.from_url(lease.blobs).put(path, sealed)
         return {
             "manifest": b64(ModelManifest.model_validate(known | facts).to_bytes()), "model_sha256": sha256_hex(model),
-            "blob": path, "blob_sha256": sha256_hex(sealed), "metrics": {"holdout_accuracy": 0.5},
+            "blob": path, "blob_sha256": sha256_hex(sealed), "holdout_accuracy": 0.5,
         }  # fmt: skip
 
     def train(self, author: str = "ed", model: bytes = b"small") -> str:
@@ -304,7 +304,7 @@ class World:
     def vote_body(self, name: str, request: Mapping[str, Any], *, key: Any = None, **changes: Any) -> dict[str, Any]:
         said = {
             "approval": request["approval"], "person": name, "decision": "approve", "stage": "production",
-            "expires": int(request["expires"]),
+            "expires": int(request["expires"]), "provenance": request["provenance"],
         } | changes  # fmt: skip
         statement = dsse.statement(request["model"], request["root_digest"], APPROVAL_PREDICATE, said)
         return {"envelope": dsse.sign(statement, key or self.people[name].key)}

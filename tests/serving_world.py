@@ -20,7 +20,13 @@ from cloister.canonical import sha256_hex
 from cloister.datasets.encoding import FeatureEncoder
 from cloister.datasets.schema import Column
 from cloister.models.manifest import MANIFEST_FILE, MODEL_FILE, ModelManifest
-from cloister.models.release import APPROVAL_PREDICATE, APPROVERS_PREDICATE, PROVENANCE_PREDICATE, model_seal_context
+from cloister.models.release import (
+    APPROVAL_PREDICATE,
+    APPROVERS_PREDICATE,
+    PROVENANCE_PREDICATE,
+    model_seal_context,
+    provenance_digest,
+)
 from cloister.sealing.stream import seal
 from cloister.serving.endpoint import Endpoint
 from cloister.serving.release import Release
@@ -91,9 +97,13 @@ def directory(root: str, approvers: Sequence[Person], author: Person = ANA, key:
     return statement(APPROVERS_PREDICATE, root, predicate, key)
 
 
+def provenance(root: str) -> dict[str, Any]:
+    return statement(PROVENANCE_PREDICATE, root, {"author": ANA.name, "run": "run-1"})
+
+
 def approval(root: str, signer: Person, **changes: Any) -> dict[str, Any]:
     said = {"approval": "apr-1", "person": signer.name, "stage": "production", "expires": int(NOW) + 3600,
-            "decision": "approve"}  # fmt: skip
+            "decision": "approve", "provenance": provenance_digest(provenance(root))}  # fmt: skip
     return statement(APPROVAL_PREDICATE, root, said | changes, signer.key)
 
 
@@ -115,7 +125,7 @@ def signed_release(
         model_onnx=model_onnx,
         manifest=manifest_bytes,
         bundle=oms.sign_model(MODEL, files, RELEASE_KEY),
-        provenance=statement(PROVENANCE_PREDICATE, root, {"author": ANA.name, "run": "run-1"}),
+        provenance=provenance(root),
         directory=directory(root, approvers),
         approvals=[approval(root, person) for person in approvers],
     )

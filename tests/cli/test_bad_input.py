@@ -192,7 +192,7 @@ def test_somebody_unknown_and_somebody_without_a_key_are_told_apart(line: Comman
     assert "no key for nemo" in line.refused("data", "list", who="nemo")
     (line.home / "identities" / "ghost.key").write_bytes((line.home / "identities" / "carl.key").read_bytes())
     (line.home / "identities" / "ghost.key").chmod(0o600)
-    assert "nobody of this name" in line.refused("data", "list", who="ghost")
+    assert "does not know this name" in line.refused("data", "list", who="ghost")
 
 
 def test_a_key_file_open_to_others_is_not_used(line: CommandLine) -> None:

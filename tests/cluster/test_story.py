@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import json
 import os
 import re
@@ -12,8 +13,9 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import grpc
 import httpx
 import psutil
 import pytest
@@ -51,6 +53,31 @@ def processes_of(home: Path) -> list[psutil.Process]:
         except psutil.Error:
             continue
     return list(found.values())
+
+
+class Listener(NamedTuple):
+    """A TCP socket that waits for connections."""
+
+    pid: int
+    title: str
+    ip: str
+    port: int
+
+    @property
+    def on_loopback(self) -> bool:
+        address = ipaddress.ip_address(self.ip)
+        return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
+def listeners(processes: list[psutil.Process]) -> set[Listener]:
+    found = set()
+    for process in processes:
+        with contextlib.suppress(psutil.Error, IndexError):  # ended meanwhile
+            title = process.cmdline()[0]
+            for connection in process.net_connections("tcp"):
+                if connection.status == psutil.CONN_LISTEN:
+                    found.add(Listener(process.pid, title, *connection.laddr))
+    return found
 
 
 def cluster_folders() -> set[Path]:
@@ -96,7 +123,7 @@ class Story:
         self.shown = line.json("train", "status", self.run, who="ed")
         self.endpoint = line.json("serve", "status")[0]["endpoint"]
         self.url = f"https://127.0.0.1:{port}"
-        self.ca = line.home / "client" / "ca.pem"
+        self.ca = line.home / "client" / "endpoint-ca.pem"
 
     def post(self, token: str | None, rows: dict[str, list[Any]] = ROWS) -> httpx.Response:
         tensors = [
@@ -113,12 +140,13 @@ class Story:
 
 
 class Leaks:
-    """Looks for keys, the cluster's token and rows wherever a run could leave them, while it runs."""
+    """Looks for keys, the cluster's token and rows wherever a run could leave them, and at its ports, while it runs."""
 
     def __init__(self, home: Path, cluster: Path, run: str) -> None:
         self._cluster = cluster
         self._driver = home / "runs" / run / "driver"
         self.found: set[str] = set()
+        self.listeners: set[Listener] = set()
         self.looked = self.files_seen = self.processes_seen = 0
         service = EmbeddedKeys(home / "authority" / "keys")
         database = Database(home / "authority" / "state.db")
@@ -162,6 +190,7 @@ class Leaks:
         self.files_seen = max(self.files_seen, len(files))
         members = processes_of(self._cluster)
         self.processes_seen = max(self.processes_seen, len(members))
+        self.listeners |= listeners(members)
         for process in members:
             for name in ("environ", "cmdline"):
                 with contextlib.suppress(OSError):
@@ -196,6 +225,38 @@ def test_the_cluster_of_the_run_is_gone(story: Story) -> None:
     serving = Daemon(story.line.home / "endpoints" / story.endpoint / "serving").process()
     assert serving is not None
     assert len(cluster_folders() - story.clusters_before) == 1, "only the serving cluster is left"
+
+
+def test_off_loopback_there_is_only_the_grpc_port_of_a_replica_and_it_wants_the_token(story: Story) -> None:
+    """Ray binds that port to `[::]`, whatever one asks for."""
+    supervisor = Daemon(story.line.home / "endpoints" / story.endpoint / "serving").process()
+    assert supervisor is not None
+    (guardian,) = supervisor.children()
+    sockets = listeners([supervisor, *supervisor.children(recursive=True)])
+    outside = [each for each in sockets if not each.on_loopback]
+    assert len(sockets) >= 8
+    assert all(each.title.startswith("ray::ServeReplica:cloister:") for each in outside), outside
+    assert len(outside) == len({each.pid for each in outside}), "one each, at most"
+    folder = Path(guardian.environ()["CLOISTER_CLUSTER"])
+    authority, certificate, key, token = ((folder / n).read_bytes() for n in ("ca.crt", "tls.crt", "tls.key", "token"))
+    mutual = grpc.ssl_channel_credentials(authority, key, certificate)
+
+    def handle_request(credentials: grpc.ChannelCredentials | None, token: bytes | None) -> grpc.StatusCode:
+        metadata = [("authorization", f"Bearer {token.decode()}")] if token else []
+        with grpc.secure_channel(address, credentials) if credentials else grpc.insecure_channel(address) as channel:
+            try:
+                channel.unary_unary("/ray.serve.ASGIService/HandleRequest")(b"", timeout=5, metadata=metadata)
+            except grpc.RpcError as error:
+                return error.code()
+        return grpc.StatusCode.OK
+
+    for each in outside:
+        address = f"127.0.0.1:{each.port}"
+        assert handle_request(None, token) is grpc.StatusCode.UNAVAILABLE
+        assert handle_request(grpc.ssl_channel_credentials(authority), token) is grpc.StatusCode.UNAVAILABLE
+        assert handle_request(mutual, None) is grpc.StatusCode.UNAUTHENTICATED
+        assert handle_request(mutual, b"0" * 64) is grpc.StatusCode.UNAUTHENTICATED
+        assert handle_request(mutual, token) is grpc.StatusCode.UNKNOWN, "it got in, and sent nothing that unpickles"
 
 
 def test_the_model_is_as_accurate_as_was_promised(story: Story) -> None:
@@ -362,6 +423,9 @@ def test_rays_own_command_submits_the_job_and_nothing_leaks_while_it_runs(story:
     assert leaks.files_seen > 100
     assert leaks.processes_seen > 10
     assert leaks.found == set()
+    assert {each for each in leaks.listeners if not each.on_loopback} == set()
+    # Each of the two ranks: Ray's port and the process group's. Fewer, and the group was never looked at.
+    assert len({each.port for each in leaks.listeners if "TrainWorker" in each.title}) == 4, leaks.listeners
     assert story.line.json("train", "watch", held["run"], who="ed")["state"] == "finished"
     assert [row["model"] for row in story.line.json("model", "list", who="ed")] == ["adult@1", "adult@2"]
 

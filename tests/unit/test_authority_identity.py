@@ -204,7 +204,7 @@ def routes() -> list[tuple[str, str]]:
 
 def bodies(world: World, name: str, run: str) -> dict[tuple[str, str], dict[str, Any]]:
     """A body that is valid for each route that takes one, signed by `name` where it is signed."""
-    request = {"approval": "apr-1", "model": "adult@1", "root_digest": "0" * 64, "expires": 1}
+    request = {"approval": "apr-1", "model": "adult@1", "root_digest": "0" * 64, "provenance": "0" * 64, "expires": 1}
     signed = world.vote_body(name, request)
     endpoint = Person("new", [])
     return {
@@ -217,7 +217,8 @@ def bodies(world: World, name: str, run: str) -> dict[tuple[str, str], dict[str,
         ("POST", f"/v1/runs/{run}/blocks"): {"first": 0, "last": 1},
         ("POST", f"/v1/runs/{run}/progress"): {"steps_done": 0, "rows_per_s": 1.0},
         ("POST", f"/v1/runs/{run}/model"): {
-            "manifest": "e30=", "model_sha256": "0" * 64, "blob": "models/x", "blob_sha256": "0" * 64, "metrics": {}},
+            "manifest": "e30=", "model_sha256": "0" * 64, "blob": "models/x", "blob_sha256": "0" * 64,
+            "holdout_accuracy": 0.5},
         ("POST", f"/v1/runs/{run}/failure"): {"error": {"kind": "InputError"}},
         ("POST", "/v1/models/adult/versions/1/export"): receiver(),
         ("POST", "/v1/approvals/apr-1/votes"): signed,

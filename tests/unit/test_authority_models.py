@@ -69,9 +69,10 @@ ELSEWHERE: list[Any] = [
     {"blob": "/etc/passwd"},
     {"blob": "models/RUNx/y"},
     {"blob": ""},
-    {"metrics": {f"m{index}": 1.0 for index in range(65)}},
-    {"metrics": {"Accuracy <script>": 1.0}},
-    {"metrics": {"accuracy": "high"}},
+    {"metrics": {"accuracy": 1.0}},
+    {"holdout_accuracy": 1.01},
+    {"holdout_accuracy": -0.1},
+    {"holdout_accuracy": "high"},
     {"model_sha256": "0" * 63},
     {"model_sha256": "Z" * 64},
     {"model_sha256": "sha256:" + "0" * 64},
@@ -201,8 +202,19 @@ def test_one_refusal_outweighs_every_approval(world: World) -> None:
     with world.still("failure"):
         refused = world.promote()
         assert refused.status_code == 409
-        assert "refused by rob" in refused.json()["error"]
-    assert world.get("ed", "/v1/models")[0]["stage"] == "candidate"
+        assert "refused" in refused.json()["error"]
+    assert world.get("ed", "/v1/models")[0]["stage"] == "refused"
+
+
+def test_a_refusal_takes_a_model_out_of_production(world: World) -> None:
+    world.train()
+    request = world.approval()
+    world.vote("rita", request)
+    world.promote()
+    assert world.vote("rob", request, decision="deny").status_code == 200
+    assert world.get("ed", "/v1/models")[0]["stage"] == "refused"
+    world.refused(403, "ed", "POST", "/v1/models/adult/versions/1/export", receiver())
+    assert world.promote().status_code == 409
 
 
 def test_a_decision_is_final(world: World) -> None:

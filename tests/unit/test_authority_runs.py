@@ -133,9 +133,8 @@ def test_a_run_on_a_restricted_label_from_before_gets_no_restricted_key(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even if a spec were accepted that must not be: the lease holds the line by itself."""
-    monkeypatch.setattr(
-        runs_module, "_label", lambda _, manifest: DatasetSchema.from_mapping(manifest.dataset_schema).column("sex")
-    )
+    schema = DatasetSchema.from_mapping(adult_schema().to_dict())
+    monkeypatch.setattr(runs_module, "_columns", lambda *_: (schema.feature_columns(None), schema.column("sex")))
     run = world.submit()
     assert not any("restricted" in name for name in world.lease(run).keys)
 
@@ -195,7 +194,7 @@ def test_a_run_that_has_ended_gets_nothing_more(world: World, end: str) -> None:
         ("blocks", {"first": 3, "last": 4}),
         ("progress", {"steps_done": 1, "rows_per_s": 1.0}),
         ("model", {"manifest": "e30=", "model_sha256": "0" * 64, "blob": f"models/{run}/x", "blob_sha256": "0" * 64,
-                   "metrics": {}}),
+                   "holdout_accuracy": 0.5}),
     ):  # fmt: skip
         before = world.content()
         world.refused(409, run, "POST", f"/v1/runs/{run}/{path}", body)

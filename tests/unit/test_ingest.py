@@ -71,7 +71,7 @@ SECRET = "424242"
         (GOOD.replace(b"1.5", b"4e242"), "column 'dose', row 3: outside"),
         (GOOD.replace(b"clerk", b"s424242"), "column 'job', row 3: not one of"),
         (GOOD.replace(b"0.5,hello", b"0.5,424242,x,y"), "row 1: the number of fields"),
-        (GOOD.replace(b"hello", b"\xff\xfe424242"), "neither CSV in UTF-8"),
+        (GOOD.replace(b"hello", b"\xff\xfe424242"), "not UTF-8 text"),
         (GOOD.replace(b"job,", b"j0b,"), "column 'job' is missing"),
         (GOOD.replace(b"\n", b",424242\n"), "column 5 of the file is not in the schema"),
         (GOOD.replace(b"note", b"age"), "column 'note' is missing"),

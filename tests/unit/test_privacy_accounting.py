@@ -104,12 +104,11 @@ def test_a_plan_that_cannot_be_private_is_refused(change: dict[str, float], told
         make_plan(**(fields | {"rows": 26_049} | change))  # type: ignore[arg-type]  # ints and floats
 
 
-def test_the_spec_of_the_design_is_read_and_has_one_digest() -> None:
+def test_the_spec_of_the_design_is_read_and_survives_a_round_trip() -> None:
     spec = TrainingSpec.from_yaml_text(SPEC)
     assert spec.model.hidden == (256, 128)
     assert spec.features is None
-    assert TrainingSpec.model_validate(spec.to_dict()).digest() == spec.digest()
-    assert TrainingSpec.from_yaml_text(SPEC.replace("3.0", "3.1")).digest() != spec.digest()
+    assert TrainingSpec.model_validate(spec.to_dict()) == spec
 
 
 @pytest.mark.parametrize(

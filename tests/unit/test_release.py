@@ -200,6 +200,8 @@ class TestApprovals:  # step 4
             {"person": "ben"},
             {"person": "ana"},
             {"person": None},
+            {"provenance": "0" * 64},
+            {"provenance": None},
         ],
     )
     def test_expired_or_saying_something_else(self, fault: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ def mode(path: Path) -> int:
 
 
 def test_a_blob_is_written_once(tmp_path: Path) -> None:
-    blobs = FolderBlobs(tmp_path / "blobs")
+    blobs = FolderBlobs.make(tmp_path / "blobs")
     blobs.put("a/b", b"first")
     with pytest.raises(ConflictError):
         blobs.put("a/b", b"second")
@@ -46,7 +46,7 @@ ESCAPES = ["../x", "a/../../x", "/etc/passwd", "a//b", "a/./b", ".hidden", "a/.g
 
 @pytest.mark.parametrize("path", ESCAPES)
 def test_a_path_cannot_leave_the_store(tmp_path: Path, path: str) -> None:
-    blobs = FolderBlobs(tmp_path / "blobs")
+    blobs = FolderBlobs.make(tmp_path / "blobs")
     for attempt in (lambda: blobs.put(path, b"x"), lambda: blobs.get(path), lambda: blobs.remove_tree(path)):
         with pytest.raises(InputError):
             attempt()
@@ -61,7 +61,7 @@ def test_a_path_below_another_folder_is_refused() -> None:
 
 
 def test_a_missing_blob_and_a_full_disk_are_our_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blobs = FolderBlobs(tmp_path / "blobs")
+    blobs = FolderBlobs.make(tmp_path / "blobs")
     with pytest.raises(NotFoundError):
         blobs.get("a")
     blobs.put("folder/a", b"x")
@@ -88,7 +88,7 @@ def test_a_store_elsewhere_is_refused(url: str) -> None:
 
 
 def test_a_store_is_found_again_by_its_url(tmp_path: Path) -> None:
-    blobs = FolderBlobs(tmp_path / "a folder with % and ä")
+    blobs = FolderBlobs.make(tmp_path / "a folder with % and ä")
     blobs.put("x", b"1")
     assert FolderBlobs.from_url(blobs.url).get("x") == b"1"
 

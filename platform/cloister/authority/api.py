@@ -103,7 +103,7 @@ class TrainedModel(Body):
     model_sha256: Sha256
     blob: Annotated[str, Field(max_length=300)]
     blob_sha256: Sha256
-    metrics: Annotated[dict[MetricName, Finite], Field(max_length=64)]
+    holdout_accuracy: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 class Failure(Body):
@@ -222,7 +222,7 @@ def create_app(authority: Authority) -> FastAPI:
     @route("POST", "/runs/{run}/model")
     def register_model(c: Who, run: Name, body: TrainedModel) -> Any:
         return models.register(
-            c, run, unb64(body.manifest), body.model_sha256, body.blob, body.blob_sha256, body.metrics
+            c, run, unb64(body.manifest), body.model_sha256, body.blob, body.blob_sha256, body.holdout_accuracy
         )
 
     @route("POST", "/runs/{run}/failure")
@@ -300,6 +300,7 @@ def _public_routes(app: FastAPI, authority: Authority) -> None:
             "log_verifier_key": authority.log.verifier_key,
             "release_public_key": authority.release_public.decode(),
             "token_public_keys": {authority.identities.token_key_id: authority.token_public.decode()},
+            "endpoint_ca": authority.endpoint_ca.decode(),
             "receiving_key": b64(authority.receiving_public),
         }
 
@@ -394,6 +395,11 @@ def _handle_errors(app: FastAPI) -> None:
         field = ".".join(str(part) for part in error.errors()[0]["loc"])[:200]
         refused = InputError(f"the request is not valid at {field}", "see /v1/openapi.json")
         return JSONResponse(refused.to_dict(), status_code=400)
+
+    @app.exception_handler(UnicodeEncodeError)
+    def not_text(_request: Request, _error: UnicodeEncodeError) -> Response:
+        """JSON can spell half a character (a lone surrogate), which neither UTF-8 nor the database can hold."""
+        return JSONResponse(InputError("the request holds text that is not Unicode", "correct it").to_dict(), 400)
 
     @app.exception_handler(HTTPException)
     def http(_request: Request, error: HTTPException) -> Response:

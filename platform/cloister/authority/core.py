@@ -1,7 +1,8 @@
 """What every part of the authority shares: identity of the caller, policy, and the log in the same transaction.
 
-Guarantees: nothing changes and nothing is disclosed without a policy decision and a log entry that commit in the
-same transaction as the effect; a refusal is recorded too; each commit leaves a signed checkpoint over the new tree.
+Guarantees: no change of budget, custody or release, no key and no plan leaves without a policy decision and a log entry
+that commit in the same transaction as the effect; a refusal is recorded too; each entry leaves a signed checkpoint over
+the new tree. Showing public facts asks policy, but leaves no entry.
 """
 
 from __future__ import annotations
@@ -79,8 +80,7 @@ class Core:
             with self.database.transaction() as connection:
                 act.connection = connection
                 yield act
-                if act.rule is None:
-                    raise PermissionDeniedError(f"{action} asked no policy", "report this: it is a fault in Cloister")
+                act.require_allowed()
                 self.append(connection, act.event(act.outcome))
         except Exception as error:
             outcome: Outcome = "denied" if isinstance(error, PermissionDeniedError | AuthenticationError) else "failure"
@@ -88,13 +88,14 @@ class Core:
             raise
 
     @contextlib.contextmanager
-    def reading(self, caller: Caller, action: str) -> Iterator[Action]:
-        """Like `action` for what only shows facts that are no secret: policy asks, only a refusal is recorded."""
+    def unlogged(self, caller: Caller, action: str) -> Iterator[Action]:
+        """Like `action`, for showing facts that are no secret and for progress reports: only a refusal is recorded."""
         act = Action(self, caller, action, {})
         try:
             with self.database.transaction() as connection:
                 act.connection = connection
                 yield act
+                act.require_allowed()
         except PermissionDeniedError as error:
             self.record(act.event("denied", reason=type(error).__name__))
             raise
@@ -152,6 +153,15 @@ class Action:
             )
         )
         self.rule = ",".join(decision.rules)
+
+    def require_allowed(self) -> None:
+        """A block that never asked policy is a fault, and must not commit.
+
+        Raises:
+            PermissionDeniedError: `allow` was not called.
+        """
+        if self.rule is None:
+            raise PermissionDeniedError(f"{self._action} asked no policy", "report this: it is a fault in Cloister")
 
     def event(self, outcome: Outcome, *, reason: str = "") -> Event:
         return Event(

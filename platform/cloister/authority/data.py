@@ -13,7 +13,7 @@ from sqlalchemy import Connection, func, insert, select, update
 
 from cloister.authority.core import Caller, Core, Resource
 from cloister.canonical import canonical_json, unb64
-from cloister.datasets.manifest import DatasetManifest, SealedFile
+from cloister.datasets.manifest import MANIFEST_PREDICATE, DatasetManifest, SealedFile
 from cloister.datasets.schema import CLASSES, DatasetSchema
 from cloister.errors import BudgetError, ConflictError, InputError, IntegrityError, NotFoundError
 from cloister.sealing import purposes
@@ -23,8 +23,6 @@ from cloister.signing import dsse
 from cloister.signing.keys import ed25519_public_from_pem, key_id
 from cloister.stores.blobs import check_path
 from cloister.stores.database import budgets, data_keys, datasets, identities, runs
-
-MANIFEST_PREDICATE = "https://cloister.dev/dataset/v1"
 
 
 class Datasets:
@@ -37,7 +35,7 @@ class Datasets:
 
     def next_version(self, caller: Caller, name: str) -> int:
         """The version that the next seal of `name` gets, if the caller may seal it."""
-        with self._core.reading(caller, "dataset:seal") as act:
+        with self._core.unlogged(caller, "dataset:seal") as act:
             last = latest(act.connection, name)
             act.allow(dataset_resource(name, last.owner if last else caller.name))
         return last.version + 1 if last else 1
@@ -112,7 +110,7 @@ class Datasets:
 
     def show(self, caller: Caller, name: str, version: int) -> dict[str, Any]:
         """Manifest, owner and budget of one version."""
-        with self._core.reading(caller, "dataset:read") as act:
+        with self._core.unlogged(caller, "dataset:read") as act:
             row = load(act.connection, name, version)
             act.allow(dataset_resource(name, row.owner))
             return {
@@ -121,12 +119,13 @@ class Datasets:
                 "digest": row.manifest_digest,
                 "manifest": row.manifest,
                 "envelope": row.envelope,
+                "owner_key": owner_key(act.connection, row),
                 "budget": budget_state(act.connection, name),
             }
 
     def list(self, caller: Caller) -> list[dict[str, Any]]:
         """Every version that the caller may see."""
-        with self._core.reading(caller, "dataset:read") as act:
+        with self._core.unlogged(caller, "dataset:read") as act:
             rows = act.connection.execute(select(datasets).order_by(datasets.c.name, datasets.c.version)).all()
             if not rows:
                 act.allow(dataset_resource("any", "nobody"))
@@ -174,7 +173,7 @@ class Datasets:
 
     def budget(self, caller: Caller, name: str) -> dict[str, Any]:
         """The budget, what is left of it, and who spent it."""
-        with self._core.reading(caller, "dataset:read") as act:
+        with self._core.unlogged(caller, "dataset:read") as act:
             last = latest(act.connection, name)
             act.allow(dataset_resource(name, last.owner if last else "nobody"))
             if last is None:
@@ -243,6 +242,11 @@ def load(connection: Connection, name: str, version: int) -> Any:
     if row is None:
         raise NotFoundError(f"there is no dataset {name}@{version}", "list them: cloister data list")
     return row
+
+
+def owner_key(connection: Connection, row: Any) -> str:
+    """The public key (PEM) that signed a version's manifest."""
+    return str(connection.execute(select(identities.c.public_key).where(identities.c.name == row.owner)).scalar_one())
 
 
 def charged_so_far(connection: Connection, name: str) -> tuple[float, float]:

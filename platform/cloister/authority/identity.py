@@ -14,7 +14,7 @@ from sqlalchemy.exc import IntegrityError as DuplicateError
 
 from cloister.audit.event import Event
 from cloister.authority.core import PLATFORM, Caller, Core
-from cloister.errors import AuthenticationError, ConflictError, InputError
+from cloister.errors import AuthenticationError, ConflictError, InputError, TokenExpiredError
 from cloister.policy.decide import WORKLOAD_ROLES
 from cloister.signing import tokens
 from cloister.signing.keys import ed25519_public_from_pem, public_to_pem
@@ -69,7 +69,7 @@ class Identities:
             )  # fmt: skip
 
     def list(self, caller: Caller) -> list[dict[str, Any]]:
-        with self._core.reading(caller, "identity:list") as act:
+        with self._core.unlogged(caller, "identity:list") as act:
             act.allow(PLATFORM)
             rows = act.connection.execute(select(identities).order_by(identities.c.created)).all()
         return [
@@ -89,17 +89,25 @@ class Identities:
             raise InputError("there is no such resource", "resources: " + ", ".join(sorted(AUDIENCES)))
         now = self._core.clock()
         subject = tokens.unverified_subject(assertion)
+        unknown = AuthenticationError(
+            "the authority does not know this name with this key", "an operator runs: cloister identity add"
+        )
         if not _NAME.fullmatch(subject):
-            raise AuthenticationError("nobody of this name is registered", "an operator runs: cloister identity add")
+            raise unknown
         with self._core.database.transaction() as connection:
             row = connection.execute(select(identities).where(identities.c.name == subject)).one_or_none()
-            if row is None:
-                raise AuthenticationError(
-                    "nobody of this name is registered", "an operator runs: cloister identity add"
-                )
+        if row is None:
+            raise unknown
+        # Outside of any transaction: strangers' signatures must not hold the database's lock.
+        try:
             jti = tokens.verify_assertion(
                 assertion, row.public_key.encode(), subject=subject, audience=self.issuer, now=now
             )
+        except TokenExpiredError:
+            raise
+        except AuthenticationError as error:
+            raise unknown from error
+        with self._core.database.transaction() as connection:
             connection.execute(delete(used_assertions).where(used_assertions.c.expires < now))
             if connection.execute(select(used_assertions).where(used_assertions.c.jti == f"{subject}/{jti}")).first():
                 raise AuthenticationError("this assertion was used before", "make a new one: cloister login")

@@ -30,7 +30,7 @@ class Log:
         Raises:
             IntegrityError: an entry is not one: the log was changed.
         """
-        with self._core.reading(caller, "audit:read") as act:
+        with self._core.unlogged(caller, "audit:read") as act:
             act.allow(PLATFORM)
             found: list[dict[str, Any]] = []
             query = select(log_entries).order_by(log_entries.c["index"].desc())

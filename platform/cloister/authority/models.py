@@ -15,40 +15,46 @@ from sqlalchemy import Connection, func, insert, select, update
 
 from cloister.authority.core import Action, Caller, Core, Resource
 from cloister.authority.data import load as load_dataset
+from cloister.authority.runs import evaluation_epsilon, model_key_context, run_resource, settle
 from cloister.authority.runs import load as load_run
-from cloister.authority.runs import model_key_context, run_resource, settle
 from cloister.canonical import b64, canonical_json, sha256_hex
+from cloister.datasets.manifest import DatasetManifest
 from cloister.errors import ApprovalMissingError, ConflictError, InputError, IntegrityError, NotFoundError
 from cloister.models.manifest import MANIFEST_FILE, MODEL_FILE, ModelManifest
 from cloister.models.release import (
     APPROVAL_LIFETIME_S,
     APPROVAL_PREDICATE,
     APPROVERS_PREDICATE,
+    PRODUCTION,
     PROVENANCE_PREDICATE,
     REQUIRED_APPROVALS,
     model_seal_context,
+    provenance_digest,
 )
 from cloister.privacy.spec import TrainingSpec
 from cloister.sealing import purposes
 from cloister.sealing.lease import seal_to
 from cloister.signing import dsse, oms
 from cloister.signing.keys import ed25519_public_from_pem, key_id
-from cloister.stores.blobs import check_path
+from cloister.stores.blobs import FolderBlobs, check_path
 from cloister.stores.database import approvals, identities, models, runs, votes
 
 
 class Models:
     """Registered models. `release_key` signs bundles, provenance and the list of approvers."""
 
-    def __init__(self, core: Core, release_key: EllipticCurvePrivateKey) -> None:
+    def __init__(self, core: Core, release_key: EllipticCurvePrivateKey, blobs: FolderBlobs) -> None:
         self._core = core
+        self._blobs = blobs
         self._release_key = release_key
 
     def register(
         self, caller: Caller, run: str, manifest_bytes: bytes, model_sha256: str, blob: str, blob_sha256: str,
-        metrics: dict[str, float],
+        holdout_accuracy: float,
     ) -> dict[str, Any]:  # fmt: skip
         """Register what a run made as a candidate, and settle the run's charge.
+
+        The accuracy is the one figure that the worker may state; everything else is the authority's own knowledge.
 
         Raises:
             ConflictError: the run is not training, or it has steps left.
@@ -64,12 +70,19 @@ class Models:
             if about != (run, spec.dataset, spec.model_name, spec.label):
                 raise InputError("the model manifest is about another run", "export the model of this run")
             check_path(blob, below=f"models/{run}/")
+            if sha256_hex(self._blobs.get(blob)) != blob_sha256:
+                raise IntegrityError("the stored model is not the one that is registered", "submit the run again")
             name = manifest.name
             version = self._next_version(act.connection, name)
             files = {MODEL_FILE: model_sha256, MANIFEST_FILE: sha256_hex(manifest_bytes)}
             bundle = oms.sign_model(name, files, self._release_key)
             root = oms.verify_model(bundle, files, self._release_key.public_key())
             epsilon, delta = settle(row.plan, row.steps_committed)
+            metrics = {
+                "holdout_accuracy": holdout_accuracy,
+                "holdout_rows": self._holdout_rows(act.connection, row),
+                "evaluation_epsilon": evaluation_epsilon(row.plan),
+            }
             provenance = self._provenance(act.connection, row, name, root, epsilon, metrics)
             act.details.update(model=f"{name}@{version}", root=root, epsilon_charged=epsilon)
             act.connection.execute(
@@ -116,6 +129,9 @@ class Models:
             "assurance": "L0",
         }
         return dsse.sign(dsse.statement(name, root, PROVENANCE_PREDICATE, predicate), self._release_key)
+
+    def _holdout_rows(self, connection: Connection, run: Any) -> int:
+        return DatasetManifest.parse(load_dataset(connection, run.dataset, run.version).manifest).rows("holdout")
 
     def _next_version(self, connection: Connection, name: str) -> int:
         query = select(func.coalesce(func.max(models.c.version), 0)).where(models.c.name == name)
@@ -194,7 +210,7 @@ class Models:
 
     def approvals(self, caller: Caller) -> list[dict[str, Any]]:
         """Requests that have not expired, with their votes."""
-        with self._core.reading(caller, "model:read") as act:
+        with self._core.unlogged(caller, "model:read") as act:
             act.allow(Resource(type="Model", name="any", attributes={"author": "nobody", "stage": "candidate"}))
             rows = act.connection.execute(
                 select(approvals).where(approvals.c.expires > self._core.clock()).order_by(approvals.c.created)
@@ -207,6 +223,7 @@ class Models:
             "approval": row.id,
             "model": f"{row.model}@{row.version}",
             "root_digest": row.root_digest,
+            "provenance": provenance_digest(load(connection, row.model, row.version).provenance),
             "requested_by": row.requested_by,
             "expires": row.expires,
             "votes": [{"person": vote.person, "decision": vote.decision} for vote in cast],
@@ -232,8 +249,14 @@ class Models:
                 subject_digest=request.root_digest,
             )  # fmt: skip
             said = verified.predicate
-            about = (said.get("approval"), said.get("person"), said.get("stage"), said.get("expires"))
-            if about != (approval, caller.name, "production", int(request.expires)):
+            about = {name: said.get(name) for name in ("approval", "person", "stage", "expires", "provenance")}
+            if about != {
+                "approval": approval,
+                "person": caller.name,
+                "stage": PRODUCTION,
+                "expires": int(request.expires),
+                "provenance": provenance_digest(row.provenance),
+            }:
                 raise IntegrityError("the signed decision is about another request", "run cloister approve again")
             decision = said.get("decision")
             if decision not in ("approve", "deny"):
@@ -252,17 +275,20 @@ class Models:
                     created=self._core.clock(),
                 )
             )
+            if decision == "deny":  # also takes a model out of production: leases and exports end with it
+                mine = (models.c.name == row.name) & (models.c.version == row.version)
+                act.connection.execute(update(models).where(mine).values(stage="refused"))
             return self._approval(act.connection, request)
 
     def list(self, caller: Caller) -> list[dict[str, Any]]:
-        with self._core.reading(caller, "model:read") as act:
+        with self._core.unlogged(caller, "model:read") as act:
             act.allow(Resource(type="Model", name="any", attributes={"author": "nobody", "stage": "candidate"}))
             rows = act.connection.execute(select(models).order_by(models.c.name, models.c.version)).all()
         return [_public(row) for row in rows]
 
     def show(self, caller: Caller, name: str, version: int) -> dict[str, Any]:
         """Everything that is public about a model: manifest, bundle, provenance, approvals."""
-        with self._core.reading(caller, "model:read") as act:
+        with self._core.unlogged(caller, "model:read") as act:
             row = load(act.connection, name, version)
             act.allow(model_resource(row))
             return _public(row) | self.evidence(act.connection, row)

@@ -4,19 +4,21 @@ Guarantees: a run is accepted only if the dataset's budget pays for its whole pl
 given out; each rank gets its data keys once, HPKE-sealed to its one-time key, after the grant is on record; a block
 of steps is committed before its noise is released, so when a run ends for whatever reason it is charged for every
 step that can have been seen, and never for less.
-Not guaranteed: that a worker runs the code whose digest it states (assurance level L0: software only).
+Not guaranteed: that a worker runs the code whose digest it states. Whoever holds a run's key can ask for its leases:
+keep the machine that holds the run's folder out of the engineer's hands (assurance level L0: software only).
 """
 
 from __future__ import annotations
 
 import secrets
+import threading
 from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import Connection, insert, select, update
 
 from cloister.authority.core import Action, Caller, Core, Resource
-from cloister.authority.data import budget_state, dataset_resource, key_context
+from cloister.authority.data import budget_state, dataset_resource, key_context, owner_key
 from cloister.authority.data import load as load_dataset
 from cloister.authority.identity import add_identity
 from cloister.canonical import b64, canonical_json
@@ -31,9 +33,11 @@ from cloister.sealing.envelope import new_key
 from cloister.sealing.lease import seal_to
 from cloister.stores.database import data_keys, leases, runs
 
+# Accounting takes a core for seconds and up to a gigabyte: one at a time, whoever asks.
+_ACCOUNTING = threading.Lock()
 ENDED = frozenset({"finished", "failed", "stopped"})
 EVALUATION_EPSILON = 1.0
-MAX_STEPS = 250_000  # accounting for this many takes about 20 s of one core, inside one request
+MAX_STEPS = 50_000  # accounting for this many takes about 20 s of a core, inside one request
 
 
 class Runs:
@@ -46,7 +50,7 @@ class Runs:
     def plan(self, caller: Caller, spec_value: dict[str, Any]) -> dict[str, Any]:
         """What a run would cost. Reads the manifest's public facts, never data."""
         spec = TrainingSpec.parse(spec_value)
-        with self._core.reading(caller, "train:plan") as act:
+        with self._core.action(caller, "train:plan", epsilon=spec.privacy.epsilon) as act:
             manifest = self._manifest(act, spec)
         plan = _plan(spec, manifest.rows("train"))
         with self._core.database.transaction() as connection:
@@ -58,7 +62,7 @@ class Runs:
             "budget_after": budget["epsilon_left"] - plan.epsilon,
             "affordable": _affordable(budget, plan),
             "holdout_rows": manifest.rows("holdout"),
-            "columns": [column.name for column in _features(spec, manifest)],
+            "columns": [column.name for column in _columns(spec, manifest)[0]],
         }
 
     def submit(self, caller: Caller, spec_value: dict[str, Any], code_digest: str, public_key: str) -> dict[str, Any]:
@@ -68,7 +72,7 @@ class Runs:
             BudgetError: the dataset's budget cannot pay for the plan.
         """
         spec = TrainingSpec.parse(spec_value)
-        with self._core.reading(caller, "train:submit") as act:
+        with self._core.unlogged(caller, "train:submit") as act:
             manifest = self._manifest(act, spec)
         plan = _plan(spec, manifest.rows("train"))  # seconds of arithmetic: outside the transaction
         run = "run-" + secrets.token_hex(5)
@@ -123,7 +127,9 @@ class Runs:
                 raise ConflictError(
                     f"rank {rank} of {run} has had its lease", "a lease is given once; submit a new run"
                 )
-            manifest = DatasetManifest.parse(load_dataset(act.connection, row.dataset, row.version).manifest)
+            dataset = load_dataset(act.connection, row.dataset, row.version)
+            manifest = DatasetManifest.parse(dataset.manifest)
+            signer = owner_key(act.connection, dataset)
             keys = self._shard_keys(act.connection, manifest, spec, rank)
             payload: dict[str, Any] = {"keys": {name: b64(key) for name, key in keys.items()}}
             if rank == 0:
@@ -134,7 +140,8 @@ class Runs:
             sealed = seal_to(public_key, canonical_json(payload), purposes.training_lease(run, rank))
         return {
             "sealed": b64(sealed),
-            "manifest": manifest.model_dump(mode="json"),
+            "manifest": dataset.envelope,
+            "owner_key": signer,
             "spec": row.spec,
             "plan": row.plan,
             "blobs": self._blobs_url,
@@ -149,9 +156,8 @@ class Runs:
         mine = set(manifest.shards("train")[rank :: spec.resources.workers])
         if rank == 0:
             mine |= set(manifest.shards("holdout"))
-        wanted = {column.sensitivity for column in _features(spec, manifest)}
-        wanted.add(_label(spec, manifest).sensitivity)
-        wanted.discard("restricted")
+        features, label = _columns(spec, manifest)
+        wanted = {column.sensitivity for column in (*features, label)} - {"restricted"}
         names = {file.key_name for file in manifest.files if file.shard in mine and file.sensitivity in wanted}
         rows = connection.execute(
             select(data_keys).where(data_keys.c.name == manifest.name, data_keys.c.version == manifest.version)
@@ -179,8 +185,8 @@ class Runs:
         return {"steps_committed": last}
 
     def progress(self, caller: Caller, run: str, steps_done: int, rows_per_s: float) -> None:
-        """What people watch. Steps and throughput are public: the planned batch size is, the realised one is not."""
-        with self._core.reading(caller, "run:work") as act:
+        """What people watch: steps, and planned rows over measured time. Realised batch sizes stay in the worker."""
+        with self._core.unlogged(caller, "run:work") as act:
             row = load(act.connection, run)
             act.allow(run_resource(row))
             if row.state != "training":
@@ -192,6 +198,7 @@ class Runs:
 
     def fail(self, caller: Caller, run: str, error: dict[str, Any]) -> dict[str, Any]:
         """End a run that went wrong; reported by its own workload."""
+        self._settle_beforehand(run)
         with self._core.action(caller, "run:work", step="fail", error=str(error.get("kind", ""))[:80]) as act:
             row = load(act.connection, run)
             act.allow(run_resource(row))
@@ -200,10 +207,17 @@ class Runs:
 
     def stop(self, caller: Caller, run: str) -> dict[str, Any]:
         """End a run on a person's word."""
+        self._settle_beforehand(run)
         with self._core.action(caller, "run:stop") as act:
             row = load(act.connection, run)
             act.allow(run_resource(row))
             return self._end(act, row, "stopped", None)
+
+    def _settle_beforehand(self, run: str) -> None:
+        """Accounting takes seconds and is remembered: done here, it does not hold the database's write lock."""
+        with self._core.database.transaction() as connection:
+            row = load(connection, run)
+        settle(row.plan, row.steps_committed)
 
     def _end(self, act: Action, row: Any, state: str, error: dict[str, Any] | None) -> dict[str, Any]:
         if row.state in ENDED:
@@ -219,13 +233,13 @@ class Runs:
 
     def show(self, caller: Caller, run: str) -> dict[str, Any]:
         """State, steps and epsilon spent so far."""
-        with self._core.reading(caller, "run:read") as act:
+        with self._core.unlogged(caller, "run:read") as act:
             row = load(act.connection, run)
             act.allow(run_resource(row))
         return _public(row) | {"epsilon_spent": settle(row.plan, row.steps_committed)[0]}
 
     def list(self, caller: Caller) -> list[dict[str, Any]]:
-        with self._core.reading(caller, "run:read") as act:
+        with self._core.unlogged(caller, "run:read") as act:
             rows = act.connection.execute(select(runs).order_by(runs.c.created.desc()).limit(100)).all()
             act.allow(Resource(type="Run", name="any", attributes={"author": caller.name}))
         return [_public(row) for row in rows]
@@ -235,7 +249,11 @@ class Runs:
         row = load_dataset(act.connection, name, version)
         act.allow(dataset_resource(spec.dataset, row.owner))
         manifest = DatasetManifest.parse(row.manifest)
-        _label(spec, manifest)
+        _columns(spec, manifest)
+        if manifest.rows("holdout") == 0:
+            raise InputError(f"{spec.dataset} has no holdout rows to evaluate on", "seal it with --holdout 0.2")
+        if spec.resources.gpus_per_worker:
+            raise InputError("workers with GPUs are not supported yet", "set resources.gpus_per_worker to 0")
         schema = DatasetSchema.from_mapping(manifest.dataset_schema)
         for field, asked, granted in (
             ("purpose", spec.purpose, schema.purpose),
@@ -259,10 +277,11 @@ def _plan(spec: TrainingSpec, rows: int) -> PrivacyPlan:
         raise InputError(
             f"a run has at most {MAX_STEPS:,} steps", "lower training.epochs or raise training.expected_batch_size"
         )
-    return _cached_plan(
-        spec.privacy.epsilon, spec.privacy.delta, spec.privacy.max_grad_norm, spec.training.epochs,
-        spec.training.expected_batch_size, rows,
-    )  # fmt: skip
+    with _ACCOUNTING:
+        return _cached_plan(
+            spec.privacy.epsilon, spec.privacy.delta, spec.privacy.max_grad_norm, spec.training.epochs,
+            spec.training.expected_batch_size, rows,
+        )  # fmt: skip
 
 
 @lru_cache(maxsize=64)
@@ -292,7 +311,9 @@ def settle(plan: dict[str, Any], steps: int) -> tuple[float, float]:
     if steps >= plan["steps"]:
         return max(float(plan["epsilon_certified"]), evaluation_epsilon(plan)), float(plan["delta"])
     # Two accountants on two grids: fewer steps never cost more, whatever their last digits say.
-    return min(_epsilon_after(tuple(sorted(plan.items())), steps), float(plan["epsilon"])), float(plan["delta"])
+    with _ACCOUNTING:
+        epsilon = _epsilon_after(tuple(sorted(plan.items())), steps)
+    return min(epsilon, float(plan["epsilon"])), float(plan["delta"])
 
 
 def _affordable(budget: dict[str, Any], plan: PrivacyPlan) -> bool:
@@ -312,21 +333,19 @@ def _require_budget(budget: dict[str, Any], plan: PrivacyPlan) -> None:
         )
 
 
-def _features(spec: TrainingSpec, manifest: DatasetManifest) -> tuple[Column, ...]:
+def _columns(spec: TrainingSpec, manifest: DatasetManifest) -> tuple[tuple[Column, ...], Column]:
+    """The inputs and the label that a spec means.
+
+    Raises:
+        InputError: they cannot be trained on; `restricted` columns never can.
+    """
     schema = DatasetSchema.from_mapping(manifest.dataset_schema)
     features, label = schema.feature_columns(spec.features), schema.column(spec.label)
-    if label.values is None or label.sensitivity == "restricted" or label in features:
-        raise InputError(f"column '{spec.label}' cannot be the label", "name a category column with the role label")
-    return features
-
-
-def _label(spec: TrainingSpec, manifest: DatasetManifest) -> Column:
-    label = DatasetSchema.from_mapping(manifest.dataset_schema).column(spec.label)
     if label.type != "category" or label.sensitivity == "restricted" or label.role not in ("label", None):
         raise InputError(f"column '{label.name}' may not be a label", "name a category column that is not restricted")
-    if label in _features(spec, manifest):
+    if label in features:
         raise InputError(f"the label '{label.name}' is among the inputs", "list the inputs under `features`")
-    return label
+    return features, label
 
 
 def load(connection: Connection, run: str) -> Any:

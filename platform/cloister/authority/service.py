@@ -38,7 +38,7 @@ class Authority:
         self.directory = directory
         self.url = url
         service = EmbeddedKeys(directory / "keys")
-        blobs = FolderBlobs(directory / "blobs")
+        blobs = FolderBlobs.make(directory / "blobs")
 
         log_key = SigningKey(_secret(service, "log", new_key))
         receiving = ReceivingKey.from_seed(_secret(service, "receiving", new_key))
@@ -47,7 +47,12 @@ class Authority:
         token_public = keys.public_to_pem(keys.ed25519_from_pem(token_pem).public_key())
         ca_key = _secret(service, "ca", certificates.new_private_key)
 
+        endpoint_ca_key = _secret(service, "endpoint-ca", certificates.new_private_key)
         self.ca_certificate = _file(directory / "ca.pem", lambda: certificates.new_ca(ca_key, "Cloister internal CA"))
+        # A CA of their own, so that no endpoint can pass for the authority.
+        self.endpoint_ca = _file(
+            directory / "endpoint-ca.pem", lambda: certificates.new_ca(endpoint_ca_key, "Cloister endpoint CA")
+        )
         self._ca_key = ca_key
         self.receiving_public = receiving.public
         self.release_public = keys.public_to_pem(release.public_key())
@@ -71,8 +76,8 @@ class Authority:
         )
         self.datasets = Datasets(self.core, receiving, blobs.url)
         self.runs = Runs(self.core, blobs.url)
-        self.models = Models(self.core, release)
-        self.endpoints = Endpoints(self.core, self.models, ca_key, self.ca_certificate, blobs.url)
+        self.models = Models(self.core, release, blobs)
+        self.endpoints = Endpoints(self.core, self.models, endpoint_ca_key, self.endpoint_ca, blobs.url)
 
     def tls_files(self, host: str) -> tuple[Path, Path]:
         """A fresh certificate of the internal CA for the listener, and its key, as files in `directory`."""

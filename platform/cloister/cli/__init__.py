@@ -9,7 +9,7 @@ import sys
 import click
 
 from cloister.cli import output
-from cloister.errors import CloisterError
+from cloister.errors import CloisterError, UnavailableError
 
 # name: (module, one line of help). The help is here so that `cloister --help` imports nothing.
 COMMANDS = {
@@ -73,10 +73,15 @@ def main() -> None:
         error.show()
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        print("stopped", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        refused = UnavailableError(f"{error.strerror or type(error).__name__}{place}", "check that path and its disk")
+        output.error(refused, as_json=as_json)
         sys.exit(1)
     except Exception as error:  # the edge: no traceback, no foreign text
         if os.environ.get("CLOISTER_DEBUG"):

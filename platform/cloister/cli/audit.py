@@ -82,6 +82,9 @@ def verify_log_of(context: Context, file: Path | None) -> dict[str, Any]:
     from cloister.stores.files import private_directory, read_json, write_json
 
     exported = _exported(context, file)
+    pinned = _pinned_key(context)
+    if pinned not in (None, exported["verifier_key"]):
+        raise IntegrityError("this log is signed with another key than the authority's", "ask for the true export")
     memory_file = context.home.client / "log.json"
     memory = read_json(memory_file, what="memory of the log", hint="") if memory_file.exists() else {}
     if memory.get("verifier_key", exported["verifier_key"]) != exported["verifier_key"]:
@@ -103,6 +106,14 @@ def verify_log_of(context: Context, file: Path | None) -> dict[str, Any]:
     return {
         "entries": report.size, "root": report.root_hex, "checkpoints": report.checkpoints_checked, "since": since,
     }  # fmt: skip
+
+
+def _pinned_key(context: Context) -> str | None:
+    """The log's key as pinned when this machine first met its authority; None on a machine that never did."""
+    try:
+        return str(context.pinned()["log_verifier_key"])
+    except NotFoundError:
+        return None
 
 
 def _exported(context: Context, file: Path | None) -> dict[str, Any]:

@@ -65,10 +65,19 @@ class Context:
         Raises:
             NotFoundError: this machine knows no authority, or has no such key.
         """
+
+        return self.client_of(authority_address(self.home)[0])
+
+    def client_of(self, url: str) -> AuthorityClient:
+        """As `client`, for the authority at `url`, under the CA that this machine has pinned."""
         from cloister.client.authority import AuthorityClient
 
-        url, ca = authority_address(self.home)
+        ca = self.home.client / "ca.pem"
         return AuthorityClient(url, ca_path=ca, name=self.name(), private_key_pem=self.private_key())
+
+    def pinned(self) -> dict[str, Any]:
+        """The authority's public keys, as they were when this machine first trusted it (`/v1/info`)."""
+        return dict(_authority_facts(self.home)["pinned"])
 
 
 def key_file(home: Home, name: str) -> Path:
@@ -88,12 +97,14 @@ def authority_address(home: Home) -> tuple[str, Path]:
     Raises:
         NotFoundError: none yet.
     """
+    return str(_authority_facts(home)["url"]), home.client / "ca.pem"
+
+
+def _authority_facts(home: Home) -> dict[str, Any]:
     from cloister.stores.files import read_json
 
-    facts = read_json(
-        home.client / "authority.json", what="authority known to this machine", hint="start one: cloister up"
-    )
-    return str(facts["url"]), home.client / "ca.pem"
+    file = home.client / "authority.json"
+    return dict(read_json(file, what="authority known to this machine", hint="start one: cloister up"))
 
 
 class NameType(click.ParamType[str]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import click
 
 from cloister.cli import output
 from cloister.cli.context import NAME, Context, common
+from cloister.errors import InputError
 
 
 @click.group()
@@ -26,6 +28,7 @@ def data() -> None:
 @common
 def seal(context: Context, file: Path, schema_file: Path, shards: int, holdout: float) -> None:
     """Validate FILE (CSV, gzipped CSV or Parquet), encrypt it here, and register it as the next version."""
+    from cloister.canonical import unb64
     from cloister.client.seal import read_file, seal_dataset
     from cloister.datasets.schema import DatasetSchema
 
@@ -33,7 +36,14 @@ def seal(context: Context, file: Path, schema_file: Path, shards: int, holdout: 
     content = read_file(file, "data file")
     with output.progress(f"sealing {schema.name}") as advance:
         shown = seal_dataset(
-            context.client(), context.private_key(), content, schema, shards=shards, holdout=holdout, progress=advance
+            context.client(),
+            context.private_key(),
+            content,
+            schema,
+            shards=shards,
+            holdout=holdout,
+            receiving_key=unb64(context.pinned()["receiving_key"]),
+            progress=advance,
         )
     if context.json:
         output.value(shown)
@@ -106,6 +116,8 @@ def budget() -> None:
 @common
 def set_(context: Context, dataset: str, epsilon: float, delta: float) -> None:
     """Set the total that all runs on DATASET (all versions) may spend."""
+    if not (math.isfinite(epsilon) and math.isfinite(delta)):
+        raise InputError("epsilon and delta are numbers", "such as --epsilon 6 --delta 2e-5")
     shown = context.client().put(f"/v1/datasets/{dataset}/budget", {"epsilon": epsilon, "delta": delta})
     _show_budget(context, shown)
 

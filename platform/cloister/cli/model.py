@@ -80,7 +80,7 @@ def verify(context: Context, name: str) -> None:
             f"the sealed bytes of {name} changed since it was registered",
             "restore the blob from a backup, or train again",
         )
-    release = client.public("/v1/info")["release_public_key"].encode()
+    release = context.pinned()["release_public_key"].encode()
     trusted = {keys.key_id(release): keys.p256_public_from_pem(release)}
     dsse.verify(shown["provenance"], trusted, predicate_type=PROVENANCE_PREDICATE, subject_digest=shown["root_digest"])
     if context.json:
@@ -120,7 +120,7 @@ def export(context: Context, name: str, folder: Path) -> None:
         raise ConflictError(f"{folder} exists", "name a folder that does not exist yet")
     wanted, version = _reference(name)
     client = context.client()
-    release = client.public("/v1/info")["release_public_key"].encode()
+    release = context.pinned()["release_public_key"].encode()
     lease = client.export_model(wanted, version)
     plain = open_sealed(lease.model_key, lease.model_onnx_sealed, lease.seal_context)
     private_directory(folder / "model")
@@ -190,7 +190,7 @@ def _vote(context: Context, approval: str, decision: str) -> None:
         raise NotFoundError(f"there is no open approval {approval[:40]}", "list them: cloister approvals list")
     predicate = {
         "approval": approval, "person": context.name(), "decision": decision, "stage": PRODUCTION,
-        "expires": int(request["expires"]), "time": int(time.time()),
+        "provenance": request["provenance"], "expires": int(request["expires"]), "time": int(time.time()),
     }  # fmt: skip
     statement = dsse.statement(request["model"], request["root_digest"], APPROVAL_PREDICATE, predicate)
     envelope = dsse.sign(statement, ed25519_from_pem(context.private_key()))
@@ -201,4 +201,4 @@ def _vote(context: Context, approval: str, decision: str) -> None:
         output.say(f"You approved {shown['model']} ({shown['root_digest'][:16]}…).")
         output.say(f"Next, its author runs: cloister model promote {shown['model']}")
     else:
-        output.say(f"You refused {shown['model']}; it cannot be promoted.")
+        output.say(f"You refused {shown['model']}: it is not in production, and cannot be promoted.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from pathlib import Path
@@ -11,6 +12,7 @@ import click
 
 from cloister.cli import output
 from cloister.cli.context import Context, common, key_file
+from cloister.cluster import reap
 from cloister.config import AuthoritySettings, Settings
 from cloister.errors import CloisterError, InputError, UnavailableError
 from cloister.process import Daemon
@@ -38,11 +40,12 @@ def up(context: Context, host: str | None, port: int | None) -> None:
     )
     settings.require_safe()
     shown = start_authority(home, settings)
+    _settle_orphans(home)
     if context.json:
         output.value(shown)
     elif shown["started"]:
         output.say(f"The authority is up at {shown['url']} (TLS, own CA, embedded keys, SQLite).")
-        output.say("Protected now: keys rest encrypted, every call is authenticated, every action is logged first.")
+        output.say("Protected now: keys rest encrypted, every call is authenticated, every grant is logged.")
         output.say("Not protected: from root on this machine (assurance level L0).")
         output.say("Next: cloister identity add NAME --role data-owner|engineer|reviewer|consumer")
     else:
@@ -73,7 +76,10 @@ def start_authority(home: Home, settings: AuthoritySettings) -> dict[str, Any]:
         daemon.wait_ready(START_TIMEOUT_S, what="the authority")
     private_directory(home.client)
     write_atomic(home.client / "ca.pem", ca.read_bytes())
-    write_json(home.client / "authority.json", {"url": url})
+    # Pinned from here on: nobody who can answer at this address later can put keys of their own in their place.
+    pinned = Context(home, OPERATOR, False).client_of(url).public("/v1/info")
+    write_atomic(home.client / "endpoint-ca.pem", pinned["endpoint_ca"].encode())
+    write_json(home.client / "authority.json", {"url": url, "pinned": pinned})
     current = home.identities / "current"
     if not current.exists():
         write_atomic(current, OPERATOR.encode())
@@ -123,8 +129,13 @@ def down(context: Context) -> None:
     stopped = []
     for kind, folder, part in (("endpoint", home.endpoints, "serving"), ("run", home.runs, "driver")):
         for directory in sorted(folder.glob("*/")):
-            if Daemon(directory / part).stop():
+            daemon = Daemon(directory / part)
+            cluster = daemon.status().get("cluster")
+            if daemon.stop():
                 stopped.append(f"{kind} {directory.name}")
+            if cluster and Path(cluster).exists():  # its supervisor and its guardian were both killed
+                reap(Path(cluster))
+    _settle_orphans(home)
     if Daemon(home.authority / "daemon").stop():
         stopped.append("authority")
     if context.json:
@@ -132,6 +143,15 @@ def down(context: Context) -> None:
     else:
         output.say(f"Stopped: {', '.join(stopped)}." if stopped else "Nothing was running.")
         output.say("What is left on disk is ciphertext, public facts and key files that only you can read.")
+
+
+def _settle_orphans(home: Home) -> None:
+    """Tell the authority of runs whose supervisor is gone, while it can be told; `cloister up` does so again."""
+    from cloister.cli.train import settle_orphan
+
+    for directory in sorted(home.runs.glob("*/")):
+        with contextlib.suppress(CloisterError):
+            settle_orphan(home, directory.name)
 
 
 @click.command()
@@ -162,8 +182,17 @@ def _findings(home: Home) -> Any:
     shm = os.access(SHM, os.W_OK)
     yield "tmpfs for Ray", "good" if shm else "bad", SHM if shm else f"mount a writable tmpfs at {SHM}"
     for directory in sorted(home.endpoints.glob("*/")):
-        if Daemon(directory / "serving").process():
+        daemon = Daemon(directory / "serving")
+        if daemon.process():
             yield f"endpoint {directory.name}", "good", "HTTPS on loopback, tokens, quota, filtered answers"
+        elif daemon.status()["state"] == "ready":
+            yield f"endpoint {directory.name}", "bad", f"its supervisor is gone: cloister serve stop {directory.name}"
+    for directory in sorted(home.runs.glob("*/")):
+        daemon = Daemon(directory / "driver")
+        if daemon.process():
+            yield f"run {directory.name}", "good", "a Ray cluster of its own, on loopback, gone when the run ends"
+        elif daemon.status()["state"] == "ready":
+            yield f"run {directory.name}", "bad", f"its supervisor is gone: cloister train watch {directory.name}"
     yield "assurance", "L0", "software only: root on a worker's machine sees what the worker sees"
 
 

@@ -12,6 +12,7 @@ import click
 from cloister.cli import output
 from cloister.cli.context import NAME, Context, authority_address, common
 from cloister.errors import CloisterError, InputError, NotFoundError, UnavailableError
+from cloister.stores.home import Home
 
 DEPLOY_TIMEOUT_S = 120.0
 DEFAULT_PORT = 8471
@@ -20,6 +21,11 @@ DEFAULT_PORT = 8471
 @click.group()
 def serve() -> None:
     """Deploy, list and stop endpoints."""
+
+
+def endpoint_ca(home: Home) -> Path:
+    """The CA that endpoints' certificates are checked against."""
+    return home.client / "endpoint-ca.pem"
 
 
 class Quota(click.ParamType[tuple[int, int]]):
@@ -59,7 +65,6 @@ def deploy(context: Context, model: str, port: int, replicas: int, quota: tuple[
         "quota_window_s": quota[1],
     }
     shown = client.post("/v1/endpoints", body)
-    info = client.public("/v1/info")
     url, ca = authority_address(context.home)
     directory = context.home.endpoints / shown["endpoint"]
     write_endpoint(
@@ -71,7 +76,7 @@ def deploy(context: Context, model: str, port: int, replicas: int, quota: tuple[
         port=port,
         replicas=replicas,
         quota_block=max(1, min(1000, quota[0] // (4 * replicas))),
-        info=info,
+        info=context.pinned(),
         endpoint_key=keys.private_to_pem(key),
         tls_certificate=shown["certificate"].encode(),
         tls_key=tls_key,
@@ -85,7 +90,8 @@ def deploy(context: Context, model: str, port: int, replicas: int, quota: tuple[
         client.post(f"/v1/endpoints/{shown['endpoint']}/stop")
         daemon.stop()
         raise
-    result = {"endpoint": shown["endpoint"], "model": shown["model"], "url": f"https://127.0.0.1:{port}", "ca": str(ca)}
+    result = {"endpoint": shown["endpoint"], "model": shown["model"], "url": f"https://127.0.0.1:{port}",
+              "ca": str(endpoint_ca(context.home))}  # fmt: skip
     if context.json:
         output.value(result)
         return
@@ -151,7 +157,7 @@ def infer(context: Context, model: str, rows: Path, url: str, token_file: Path |
     from cloister.client.seal import read_file
     from cloister.signing.tokens import INFERENCE_AUDIENCE
 
-    _, ca = authority_address(context.home)
+    ca = endpoint_ca(context.home)
     if token_file:
         token = read_file(token_file, "token file").decode(errors="replace").strip()
     else:
@@ -186,8 +192,13 @@ def _columns(content: bytes, suffix: str, inputs: dict[str, str]) -> dict[str, l
         if not isinstance(columns, dict) or not all(isinstance(values, list) for values in columns.values()):
             raise InputError("the file of rows is not a map of columns", 'write {"column": [value, …], …}')
         return columns
-    table = list(csv.DictReader(io.StringIO(text), skipinitialspace=True))
-    missing = [name for name in inputs if not table or name not in table[0]]
+    try:
+        table = list(csv.DictReader(io.StringIO(text), skipinitialspace=True))
+    except csv.Error:
+        raise InputError("the file of rows is not CSV", "give every row one line with a cell for each column") from None
+    if not table:
+        raise InputError("the file of rows has no row", "give a heading and at least one row")
+    missing = [name for name in inputs if name not in table[0]]
     if missing:
         raise NotFoundError(f"the file of rows has no column {missing[0]}", "columns: " + ", ".join(inputs))
     return {name: [_cell(row[name], kind, name, n) for n, row in enumerate(table)] for name, kind in inputs.items()}

@@ -11,9 +11,12 @@ import click
 from cloister.cli import output
 from cloister.cli.context import NAME, Context, authority_address, common
 from cloister.errors import NotFoundError, UnavailableError, from_dict
+from cloister.process import Daemon
+from cloister.stores.home import Home
 
 POLL_S = 0.4
 CLUSTER_TIMEOUT_S = 90.0
+ENDED = frozenset({"finished", "failed", "stopped"})
 
 
 @click.group()
@@ -59,10 +62,8 @@ def plan(context: Context, spec: Path) -> None:
 @common
 def submit(context: Context, spec: Path, jobs: Path | None, hold: bool, follow: bool) -> None:
     """Start a Ray cluster for one run and submit the training job to it."""
-    from cloister.process import Daemon
     from cloister.signing import keys
     from cloister.training.code import code_digest
-    from cloister.training.run import RunFolder
 
     folder_of_jobs = find_jobs(jobs)
     client = context.client()
@@ -73,20 +74,11 @@ def submit(context: Context, spec: Path, jobs: Path | None, hold: bool, follow: 
         "public_key": keys.public_to_pem(run_key.public_key()).decode(),
     }
     shown = client.post("/v1/runs", body)
-    url, ca = authority_address(context.home)
-    resources = shown["spec"]["resources"]
-    folder = RunFolder(
-        directory=context.home.runs / shown["run"],
-        run=shown["run"],
-        workers=resources["workers"],
-        gpus_per_worker=resources.get("gpus_per_worker", 0),
-        authority_url=url,
-        authority_ca=str(ca),
-        jobs=str(folder_of_jobs),
-    )
-    folder.write(keys.private_to_pem(run_key))
-    daemon = Daemon(folder.directory / "driver")
-    daemon.start("cloister.training.driver", [str(folder.directory), *(["--hold"] if hold else [])])
+    try:
+        daemon = _start(context, shown, folder_of_jobs, keys.private_to_pem(run_key), hold=hold)
+    except BaseException:
+        client.post(f"/v1/runs/{shown['run']}/stop")  # or its epsilon would be held for ever
+        raise
     if hold:
         with output.progress("starting the cluster"):
             status = daemon.wait_ready(CLUSTER_TIMEOUT_S, what="the cluster of the run")
@@ -101,6 +93,27 @@ def submit(context: Context, spec: Path, jobs: Path | None, hold: bool, follow: 
         follow_run(context, shown["run"])
     else:
         output.say(f"Next: cloister train watch {shown['run']}")
+
+
+def _start(context: Context, shown: dict[str, Any], jobs: Path, run_key: bytes, *, hold: bool) -> Daemon:
+    """Write the run's folder and start its supervisor."""
+    from cloister.training.run import RunFolder
+
+    url, ca = authority_address(context.home)
+    resources = shown["spec"]["resources"]
+    folder = RunFolder(
+        directory=context.home.runs / shown["run"],
+        run=shown["run"],
+        workers=resources["workers"],
+        gpus_per_worker=resources.get("gpus_per_worker", 0),
+        authority_url=url,
+        authority_ca=str(ca),
+        jobs=str(jobs),
+    )
+    folder.write(run_key)
+    daemon = Daemon(folder.directory / "driver")
+    daemon.start("cloister.training.driver", [str(folder.directory), *(["--hold"] if hold else [])])
+    return daemon
 
 
 def find_jobs(named: Path | None) -> Path:
@@ -141,15 +154,11 @@ def follow_run(context: Context, run: str) -> dict[str, Any]:
     Raises:
         CloisterError: what the run failed with.
     """
-    client = context.client()
-    shown: dict[str, Any] = client.get(f"/v1/runs/{run}")
-    with output.progress(run) as advance:
-        while shown["state"] not in ("finished", "failed", "stopped"):
-            speed = f"{shown['rows_per_s']:,.0f} rows/s" if shown["rows_per_s"] else shown["state"]
-            note = f"step {shown['steps_done']}/{shown['steps']}  epsilon {shown['epsilon_spent']:.2f}  {speed}"
-            advance(shown["steps_done"], shown["steps"], note)
-            time.sleep(POLL_S)
-            shown = client.get(f"/v1/runs/{run}")
+    try:
+        shown = _follow(context, run)
+    except KeyboardInterrupt:
+        output.say(f"{run} goes on. Watch it: cloister train watch {run}   Stop it: cloister train stop {run}")
+        raise
     _wait_until_gone(context, run)
     if context.json:
         output.value(shown)
@@ -163,9 +172,39 @@ def follow_run(context: Context, run: str) -> dict[str, Any]:
     return shown
 
 
-def _wait_until_gone(context: Context, run: str) -> None:
-    from cloister.process import Daemon
+def _follow(context: Context, run: str) -> dict[str, Any]:
+    client = context.client()
+    shown: dict[str, Any] = client.get(f"/v1/runs/{run}")
+    with output.progress(run) as advance:
+        while shown["state"] not in ENDED:
+            settle_orphan(context.home, run)
+            speed = f"{shown['rows_per_s']:,.0f} rows/s" if shown["rows_per_s"] else shown["state"]
+            note = f"step {shown['steps_done']}/{shown['steps']}  epsilon {shown['epsilon_spent']:.2f}  {speed}"
+            if shown["state"] == "submitted":
+                note = "the cluster starts"
+            advance(shown["steps_done"], shown["steps"], note)
+            time.sleep(POLL_S)
+            shown = client.get(f"/v1/runs/{run}")
+    return shown
 
+
+def settle_orphan(home: Home, run: str) -> bool:
+    """End a run of this machine whose supervisor died without a word, so that its ledger settles. True if it did."""
+    from cloister.process import describe
+    from cloister.training.run import RunFolder
+
+    directory = home.runs / run
+    if not (directory / "run.json").exists() or Daemon(directory / "driver").process() is not None:
+        return False
+    client = RunFolder.open(directory).client()
+    if client.get(f"/v1/runs/{run}")["state"] in ENDED:
+        return False
+    lost = UnavailableError("the run's supervisor was killed", "submit it again: cloister train submit SPEC")
+    client.post(f"/v1/runs/{run}/failure", {"error": describe(lost)})
+    return True
+
+
+def _wait_until_gone(context: Context, run: str) -> None:
     daemon = Daemon(context.home.runs / run / "driver")
     deadline = time.monotonic() + 30
     while daemon.process() is not None:
@@ -194,8 +233,6 @@ def status(context: Context, run: str) -> None:
 @common
 def stop(context: Context, run: str) -> None:
     """Stop a run. What it has committed stays charged; the rest of its epsilon is free again."""
-    from cloister.process import Daemon
-
     shown = context.client().post(f"/v1/runs/{run}/stop")
     Daemon(context.home.runs / run / "driver").stop()
     if context.json:

@@ -38,6 +38,7 @@ class TrainingLease:
     keys: Mapping[str, bytes] = field(repr=False)
     model_key: bytes | None = field(repr=False)
     manifest: dict[str, Any]
+    owner_key: str
     spec: dict[str, Any]
     plan: dict[str, Any]
     blobs: str
@@ -133,6 +134,7 @@ class AuthorityClient:
             keys={name: unb64(key) for name, key in granted["keys"].items()},
             model_key=unb64(granted["model_key"]) if "model_key" in granted else None,
             manifest=answer["manifest"],
+            owner_key=answer["owner_key"],
             spec=answer["spec"],
             plan=answer["plan"],
             blobs=answer["blobs"],

@@ -21,22 +21,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cloister.canonical import b64, canonical_json, sha256_hex, unb64
+from cloister.canonical import b64, canonical_json, sha256_hex
 from cloister.client.authority import AuthorityClient
 from cloister.datasets.ingest import read_table
-from cloister.datasets.manifest import DatasetManifest, SealedFile
+from cloister.datasets.manifest import MANIFEST_PREDICATE, DatasetManifest, SealedFile
 from cloister.datasets.partition import partition
 from cloister.datasets.schema import DatasetSchema
-from cloister.errors import InputError, IntegrityError, NotFoundError
+from cloister.errors import CloisterError, InputError, IntegrityError, NotFoundError, UnavailableError
 from cloister.sealing import purposes
 from cloister.sealing.envelope import new_key
 from cloister.sealing.lease import seal_to
 from cloister.sealing.shard import seal_table, shard_aad
 from cloister.signing import dsse
-from cloister.signing.keys import ed25519_from_pem
+from cloister.signing.keys import ed25519_from_pem, ed25519_public_from_pem, key_id
 from cloister.stores.blobs import FolderBlobs
 
-MANIFEST_PREDICATE = "https://cloister.dev/dataset/v1"
 Progress = Callable[[int, int], None]
 
 
@@ -62,9 +61,12 @@ def seal_dataset(
     *,
     shards: int,
     holdout: float,
+    receiving_key: bytes,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Seal `data` as the next version of the dataset that `schema` names. `progress(done, total)` counts files.
+
+    `receiving_key` is the authority's HPKE public key, as this machine has pinned it.
 
     Raises:
         InputError: the data does not fit the schema; nothing was written.
@@ -74,7 +76,6 @@ def seal_dataset(
     parts = partition(table, schema, shards, holdout, _secret_permutation(table.num_rows))  # 2
     coming = client.get(f"/v1/datasets/{schema.name}/next")
     version, blobs = int(coming["version"]), FolderBlobs.from_url(coming["blobs"])
-    receiving_key = unb64(client.public("/v1/info")["receiving_key"])
     folder = f"datasets/{schema.name}/{secrets.token_hex(8)}"
     files: list[SealedFile] = []
     keys: dict[str, str] = {}
@@ -97,13 +98,28 @@ def seal_dataset(
             keys[file.key_name] = b64(key)
             if progress:
                 progress(done, len(parts))
-        manifest = DatasetManifest(
-            name=schema.name, version=version, dataset_schema=schema.to_dict(), files=tuple(files)
-        )
-        return _register(client, private_key_pem, manifest, keys, receiving_key)  # 5
     except BaseException:
         blobs.remove_tree(folder)
         raise
+    manifest = DatasetManifest(name=schema.name, version=version, dataset_schema=schema.to_dict(), files=tuple(files))
+    try:
+        return _register(client, private_key_pem, manifest, keys, receiving_key)  # 5
+    except UnavailableError:
+        # The answer may have been lost after the version was recorded: then its files are needed.
+        if _is_registered(client, manifest):
+            return _summary(manifest)
+        raise
+    except CloisterError:
+        blobs.remove_tree(folder)
+        raise
+
+
+def _is_registered(client: AuthorityClient, manifest: DatasetManifest) -> bool:
+    try:
+        shown = client.get(f"/v1/datasets/{manifest.name}/versions/{manifest.version}")
+    except NotFoundError:
+        return False
+    return bool(shown["digest"] == manifest.digest)
 
 
 def _register(
@@ -115,8 +131,14 @@ def _register(
         "envelope": dsse.sign(statement, ed25519_from_pem(private_key_pem)),
         "sealed_keys": b64(seal_to(receiver, canonical_json(keys), purposes.data_keys(manifest.digest))),
     }
-    answer: dict[str, Any] = client.post("/v1/datasets", body)
-    return answer | {
+    client.post("/v1/datasets", body)
+    return _summary(manifest)
+
+
+def _summary(manifest: DatasetManifest) -> dict[str, Any]:
+    return {
+        "dataset": f"{manifest.name}@{manifest.version}",
+        "digest": manifest.digest,
         "files": len(manifest.files),
         "rows": manifest.rows("train") + manifest.rows("holdout"),
         "holdout_rows": manifest.rows("holdout"),
@@ -135,9 +157,7 @@ def verify_dataset(
         IntegrityError: names the first file that changed.
     """
     shown = client.get(f"/v1/datasets/{name}/versions/{version}")
-    manifest = DatasetManifest.parse(shown["manifest"])
-    if manifest.digest != shown["digest"]:
-        raise IntegrityError("the manifest is not the one that was registered", "ask the authority's operator")
+    manifest = signed_manifest(shown["envelope"], shown["owner_key"])
     blobs = FolderBlobs.from_url(shown["blobs"])
     for done, file in enumerate(manifest.files, start=1):
         if sha256_hex(blobs.get(file.path)) != file.sha256:
@@ -148,6 +168,18 @@ def verify_dataset(
         if progress:
             progress(done, len(manifest.files))
     return {"dataset": f"{name}@{version}", "digest": manifest.digest, "files": len(manifest.files)}
+
+
+def signed_manifest(envelope: dict[str, Any], owner_key: str) -> DatasetManifest:
+    """The manifest in an envelope that its owner signed.
+
+    Raises:
+        IntegrityError: not signed by that key, or about something else.
+    """
+    public = owner_key.encode()
+    trusted = {key_id(public): ed25519_public_from_pem(public)}
+    verified = dsse.verify(envelope, trusted, predicate_type=MANIFEST_PREDICATE, subject_digest=None)
+    return DatasetManifest.parse(verified.predicate)
 
 
 def _secret_permutation(rows: int) -> npt.NDArray[np.int64]:

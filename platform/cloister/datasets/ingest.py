@@ -55,6 +55,14 @@ def _gunzip(data: bytes) -> bytes:
 
 
 def _read_csv(data: bytes) -> pa.Table:
+    try:
+        str(memoryview(data), "utf-8")
+    except UnicodeDecodeError as error:
+        place = error.start
+    else:
+        place = -1
+    if place >= 0:  # raised outside the handler: the library's message quotes the data
+        raise InputError(f"the file is not UTF-8 text (byte {place})", "export it as UTF-8 CSV, or as Parquet")
     bad_rows: list[int | None] = []
 
     def remember(row: pyarrow.csv.InvalidRow) -> str:

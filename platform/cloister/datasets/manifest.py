@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from cloister.canonical import digest
 from cloister.errors import InputError
 
+MANIFEST_PREDICATE = "https://cloister.dev/dataset/v1"  # in-toto predicate type of a signed manifest
 NAME_PATTERN = r"^[a-z][a-z0-9-]{0,62}$"
 _REFERENCE = re.compile(r"([a-z][a-z0-9-]{0,62})@([1-9][0-9]{0,8})")
 

@@ -101,7 +101,7 @@ class Policy:
             roles = ", ".join(sorted(request.roles)) or "no role"
             raise PermissionDeniedError(
                 f"{request.principal} ({roles}) may not {request.action} on {request.resource}: {decision.reason}",
-                "ask someone whose role allows it; `cloister identity list` shows the roles",
+                "ask someone whose role allows it, or an operator for the role",
             )
         return decision
 

@@ -1,6 +1,6 @@
 """The training spec: what an engineer asks for, before anybody has approved it.
 
-Guarantees: a spec is complete and within ranges, frozen, and has one digest, to which approvals are bound. It names
+Guarantees: a spec is complete, within ranges and frozen. It names
 data sets and columns, never values.
 
 Not promised: that it is permitted or affordable. The authority decides that.
@@ -13,9 +13,11 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError, model_validator
 
-from cloister.canonical import digest
 from cloister.errors import InputError
 
+# Beyond these, epsilon promises nothing, and the accountants need minutes and gigabytes to say so.
+MAX_EPSILON = 20.0
+MIN_DELTA = 1e-12
 _DATASET = r"^[a-z][a-z0-9-]{0,62}@[1-9][0-9]{0,8}$"
 _Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 _HINT = "see jobs/examples/adult/train.yaml for a whole one"
@@ -29,16 +31,16 @@ class ModelSpec(_Part):
     """A named architecture: see `cloister.training.architectures`."""
 
     architecture: Literal["mlp"]
-    hidden: tuple[Annotated[int, Field(ge=1, le=65536)], ...] = Field(min_length=1, max_length=16)
+    hidden: tuple[Annotated[int, Field(ge=1, le=8192)], ...] = Field(min_length=1, max_length=16)
     activation: Literal["tanh", "relu", "silu"] = "tanh"
 
 
 class PrivacySpec(_Part):
     """The target. `make_plan` finds the noise for it."""
 
-    epsilon: _Positive
-    delta: Annotated[float, Field(gt=0.0, lt=1.0)]
-    max_grad_norm: _Positive = 1.0
+    epsilon: Annotated[float, Field(gt=0.0, le=MAX_EPSILON)]
+    delta: Annotated[float, Field(ge=MIN_DELTA, lt=1.0)]
+    max_grad_norm: Annotated[float, Field(gt=1e-6, le=1e6)] = 1.0
     engine: Literal["opacus"] = "opacus"
 
 
@@ -46,7 +48,7 @@ class OptimizationSpec(_Part):
     epochs: _Positive
     expected_batch_size: Annotated[int, Field(ge=1)]
     optimizer: Literal["adam", "sgd"] = "adam"
-    learning_rate: _Positive
+    learning_rate: Annotated[float, Field(gt=0.0, le=1e3)]
 
 
 class ResourcesSpec(_Part):
@@ -115,6 +117,3 @@ class TrainingSpec(_Part):
     def to_dict(self) -> dict[str, Any]:
         """The plain map that is stored, hashed and approved."""
         return self.model_dump(mode="json", exclude_none=True)
-
-    def digest(self) -> str:
-        return digest("cloister/spec/v1", self.to_dict())

@@ -9,7 +9,8 @@ one pinned release key, and through its directory the own keys of the people who
     3. The directory statement, by the release key and about the same root digest, names the author, the same as the
        provenance does, and the approvers with their Ed25519 keys: one person, one key.
     4. At least `required_approvals` statements about the same root digest say `approve` for `production`, have not
-       expired, and are each signed by the own key of another approver, never the author's.
+       expired, name this very provenance statement, and are each signed by the own key of another approver, never the
+       author's.
     5. The manifest is that of the model asked for, and its ONNX graph loads with the manifest's inputs and outputs.
 
 Not guaranteed: that the release key's holder lists the true keys of its people (the log of the authority shows every
@@ -19,7 +20,8 @@ The predicates, all in DSSE envelopes around in-toto statements whose subject is
 
     provenance/v1   {"author": name, …}
     approvers/v1    {"author": PERSON, "approvers": [PERSON, …]}, a PERSON being {"person": name, "public_key": PEM, …}
-    approval/v1     {"person": name, "decision": "approve", "stage": "production", "expires": Unix seconds, …}
+    approval/v1     {"person": name, "decision": "approve", "stage": "production", "expires": Unix seconds,
+                     "provenance": hex SHA-256 of the provenance payload, …}
 """
 
 from __future__ import annotations
@@ -36,7 +38,13 @@ from cloister.datasets.encoding import FeatureEncoder
 from cloister.datasets.schema import Column
 from cloister.errors import ApprovalMissingError, CloisterError, InputError, IntegrityError
 from cloister.models.manifest import MANIFEST_FILE, MODEL_FILE, ModelManifest
-from cloister.models.release import APPROVAL_PREDICATE, APPROVERS_PREDICATE, PRODUCTION, PROVENANCE_PREDICATE
+from cloister.models.release import (
+    APPROVAL_PREDICATE,
+    APPROVERS_PREDICATE,
+    PRODUCTION,
+    PROVENANCE_PREDICATE,
+    provenance_digest,
+)
 from cloister.serving.scorer import Scorer
 from cloister.signing import dsse, keys, oms
 
@@ -96,7 +104,7 @@ def verify_release(
     if provenance.predicate.get("author") != author:
         raise IntegrityError("provenance and directory name different authors", "have the model promoted again")
 
-    approved_by = _approved_by(release.approvals, approvers, root, now)  # 4
+    approved_by = _approved_by(release.approvals, approvers, root, provenance_digest(release.provenance), now)  # 4
     if len(approved_by) < required_approvals:
         raise ApprovalMissingError(
             f"the model has {len(approved_by)} of {required_approvals} approvals for production that hold",
@@ -139,7 +147,11 @@ def _people(predicate: Mapping[str, Any]) -> tuple[str, dict[str, tuple[str, key
 
 
 def _approved_by(
-    approvals: Sequence[Envelope], approvers: Mapping[str, tuple[str, keys.PublicKey]], root: str, now: float
+    approvals: Sequence[Envelope],
+    approvers: Mapping[str, tuple[str, keys.PublicKey]],
+    root: str,
+    provenance: str,
+    now: float,
 ) -> tuple[str, ...]:
     """Who approved. An approval that does not hold counts for nothing; it does not spoil the others."""
     approved: set[str] = set()
@@ -155,7 +167,11 @@ def _approved_by(
             continue
         said = verified.predicate
         in_time = type(said.get("expires")) in (int, float) and now < said["expires"]
-        if in_time and (said.get("decision"), said.get("stage")) == (APPROVE, PRODUCTION):
+        if in_time and (said.get("decision"), said.get("stage"), said.get("provenance")) == (
+            APPROVE,
+            PRODUCTION,
+            provenance,
+        ):
             signers = {approvers[key_id][0] for key_id in verified.key_ids}
             approved |= signers & {said.get("person")}  # a statement speaks for the one person that it names
     return tuple(sorted(approved))

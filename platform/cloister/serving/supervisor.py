@@ -40,7 +40,7 @@ def supervise(directory: Path) -> int:
         with ray_cluster(num_cpus=endpoint.config.replicas + _CPUS_OF_SERVE, job_api=False) as cluster:  # 2
             os.environ.update(cluster.environment())
             _deploy(endpoint)  # 3
-            daemon.report("ready", port=endpoint.config.port)
+            daemon.report("ready", port=endpoint.config.port, cluster=str(cluster.directory))
             _hold(stop)  # 4
     except CloisterError as error:
         daemon.report("failed", error=describe(error))

@@ -34,7 +34,19 @@ class FolderBlobs:
     """Blobs in a folder that is closed to other users."""
 
     def __init__(self, root: Path) -> None:
-        self.root = private_directory(root)
+        """Use the folder `root`, which the authority made.
+
+        Raises:
+            UnavailableError: there is no such folder here.
+        """
+        if not root.is_dir():
+            raise UnavailableError("the blob store's folder is not on this machine", "mount it, or check its URL")
+        self.root = root
+
+    @classmethod
+    def make(cls, root: Path) -> FolderBlobs:
+        """Make the folder, closed to others, if need be."""
+        return cls(private_directory(root))
 
     @classmethod
     def from_url(cls, url: str) -> FolderBlobs:

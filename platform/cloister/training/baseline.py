@@ -2,8 +2,8 @@
 
     python -m cloister.training.baseline FOLDER      prints the mean holdout accuracy over a few random splits
 
-FOLDER holds `schema.yaml`, `train.yaml` and one data file, as `jobs/examples/adult` does. Plain minibatch Adam on the
-architecture and inputs of the spec; accuracies are exact.
+FOLDER holds `schema.yaml`, `train.yaml` and one `.csv.gz` or `.parquet` file, as `jobs/examples/adult` does. Plain
+minibatch Adam on the architecture and inputs of the spec; accuracies are exact.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SPLITS = 3
 def load_public(folder: Path, spec: TrainingSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and labels of a public dataset, through the encoder that training uses."""
     schema = DatasetSchema.from_yaml_text((folder / "schema.yaml").read_text())
-    (file,) = (path for path in folder.iterdir() if path.name.endswith((".csv", ".csv.gz", ".parquet")))
+    (file,) = (path for path in folder.iterdir() if path.name.endswith((".csv.gz", ".parquet")))
     table = read_table(file.read_bytes(), schema)
     encoder = FeatureEncoder(schema.feature_columns(spec.features))
     inputs = encoder.encode({column.name: table[column.name].to_numpy() for column in encoder.columns})

@@ -8,9 +8,11 @@ import cloister
 from cloister.canonical import digest, sha256_hex
 from cloister.errors import NotFoundError
 
+SKIPPED = frozenset({"examples", "__pycache__"})  # data for people to try; what Python writes by itself
+
 
 def code_digest(jobs: Path) -> str:
-    """Digest over every Python file of the installed package and of the jobs folder (its top level).
+    """Digest over every Python file of the installed package, and over all of the jobs folder but its examples.
 
     Raises:
         NotFoundError: `jobs` holds no `train.py`.
@@ -19,5 +21,6 @@ def code_digest(jobs: Path) -> str:
         raise NotFoundError(f"{jobs} holds no train.py", "name the folder of the jobs with --jobs")
     package = Path(cloister.__file__).parent
     files = {f"cloister/{file.relative_to(package)}": file for file in package.rglob("*.py")}
-    files |= {f"jobs/{file.name}": file for file in jobs.glob("*.py")}
+    shipped = (path.relative_to(jobs) for path in jobs.rglob("*") if path.is_file())
+    files |= {f"jobs/{path}": jobs / path for path in shipped if not SKIPPED & set(path.parts)}
     return digest("cloister.dev/code/v1", {name: sha256_hex(file.read_bytes()) for name, file in files.items()})

@@ -9,6 +9,7 @@ died without a word is reported as failed, so that the ledger settles.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -25,7 +26,7 @@ from cloister.training.run import RunFolder
 
 POLL_S = 0.3
 FAREWELL_S = 5.0  # for whoever follows the job with `ray job submit`, to read that it is over
-# Gloo must not choose an outside interface, and one thread a rank keeps two ranks out of each other's way.
+# Gloo must listen on loopback only, and one thread a rank keeps two ranks out of each other's way.
 JOB_ENVIRONMENT = {
     "GLOO_SOCKET_IFNAME": "lo",
     "OMP_NUM_THREADS": "1",
@@ -41,16 +42,16 @@ def run_job(folder_path: Path, jobs: Path) -> int:
     # Here, not above: these imports cost seconds, and the supervisor does without them.
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
-    from cloister.training.worker import train_worker
+    from cloister.training.worker import NoProcessGroup, train_worker
 
     folder = RunFolder.open(folder_path)
     ray.init(log_to_driver=False, configure_logging=False)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"folder": str(folder.directory), "jobs": str(jobs)},
-        torch_config=TorchConfig(backend="gloo" if folder.gpus_per_worker == 0 else "nccl"),
+        torch_config=NoProcessGroup(),  # the workers make their own
         scaling_config=ScalingConfig(
             num_workers=folder.workers,
             use_gpu=folder.gpus_per_worker > 0,
@@ -89,7 +90,10 @@ def supervise(folder_path: Path, *, submit: bool) -> int:
                 cluster.jobs_address, headers={"Authorization": f"Bearer {(cluster.directory / 'token').read_text()}"}
             )
             job = _submit(jobs, folder) if submit else None
-            daemon.report("ready", jobs_address=cluster.jobs_address, environment=cluster.environment())
+            daemon.report(
+                "ready", jobs_address=cluster.jobs_address, environment=cluster.environment(),
+                cluster=str(cluster.directory),
+            )  # fmt: skip
             _follow(jobs, job, folder)
     except CloisterError as error:
         failure = error
@@ -102,7 +106,8 @@ def supervise(folder_path: Path, *, submit: bool) -> int:
         reason = failure or UnavailableError(
             "the training job ended without a result", "submit it again: cloister train submit SPEC"
         )
-        client.post(f"/v1/runs/{folder.run}/failure", {"error": describe(reason)})
+        with contextlib.suppress(CloisterError):  # an authority that is down hears of it at the next `cloister up`
+            client.post(f"/v1/runs/{folder.run}/failure", {"error": describe(reason)})
         daemon.report("ended", error=describe(failure) if failure else None)
     return 1 if failure else 0
 

@@ -31,7 +31,7 @@ import torch
 from torch import nn
 
 from cloister.errors import InputError
-from cloister.privacy.clipping import ClippedGradients, GhostClippedGradients
+from cloister.privacy.clipping import SENSITIVITY_SLACK, ClippedGradients, GhostClippedGradients
 from cloister.privacy.keystream import derive_key
 from cloister.privacy.noise import GaussianNoise
 from cloister.privacy.plan import PrivacyPlan
@@ -99,7 +99,7 @@ def train(
     key_for = partial(derive_key, secret, run=run, attempt=attempt, rank=rank)
     sampler = PoissonSampler(len(x_ND), plan.sample_rate, key_for(purpose="sampling"))
     noise = GaussianNoise(key_for(purpose="noise"))
-    noise_std = plan.noise_multiplier * plan.max_grad_norm / math.sqrt(world_size)
+    noise_std = plan.noise_multiplier * plan.max_grad_norm * (1 + SENSITIVITY_SLACK) / math.sqrt(world_size)
 
     model.train()
     try:
@@ -107,7 +107,7 @@ def train(
             if (step - resume_from) % block_steps == 0:
                 commit_block(step, min(step + block_steps, plan.steps))  # 1
             rows_B = torch.from_numpy(sampler.next_batch()).to(x_ND.device)  # 2
-            sum_P = clipped(x_ND[rows_B], y_N[rows_B]).double()  # 3
+            sum_P = clipped(x_ND[rows_B], y_N[rows_B])  # 3
             sum_P += noise.sample(sum_P.shape, noise_std).to(sum_P.device)  # 4
             all_reduce(sum_P)  # 5
             _set_gradients(parameters, sum_P / plan.expected_batch_size)  # 6

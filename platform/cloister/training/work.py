@@ -6,14 +6,16 @@ leave; the model leaves sealed.
 
     1. lease     one-time key out, data keys back, sealed to it
     2. open      fetch, compare digests, decrypt this rank's shards, only the columns that are trained on
-    3. train     DP-SGD; blocks of steps on record before their noise exists
-    4. publish   rank 0: holdout accuracy with noise, ONNX, seal, upload, register
+    3. rehearse  rank 0: open the holdout, export the untrained model: what would fail at the end fails before it costs
+    4. train     DP-SGD; blocks of steps on record before their noise exists
+    5. publish   rank 0: holdout accuracy with noise, ONNX, seal, upload, register
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,10 +24,11 @@ import torch
 
 from cloister.canonical import b64, sha256_hex
 from cloister.client.authority import AuthorityClient, TrainingLease
+from cloister.client.seal import signed_manifest
 from cloister.datasets.encoding import FeatureEncoder
-from cloister.datasets.manifest import DatasetManifest, SealedFile
+from cloister.datasets.manifest import SealedFile
 from cloister.datasets.schema import DatasetSchema
-from cloister.errors import ConflictError, IntegrityError
+from cloister.errors import ConflictError, IntegrityError, UnavailableError
 from cloister.models.manifest import ModelManifest
 from cloister.privacy.keystream import fresh_secret
 from cloister.privacy.plan import PrivacyPlan
@@ -63,7 +66,11 @@ def work(authority: AuthorityClient, run: str, code_digest: str, group: Group) -
     rows = _Rows(lease)
     x, y = rows.load("train")  # 2
     model = build_model(rows.spec.model.model_dump(mode="json"), rows.encoder.width, len(rows.labels), seed_of(run))
-    train(  # 3
+    holdout = None
+    if group.rank == 0:  # 3
+        holdout = rows.load("holdout")
+        to_onnx(model, rows.encoder.width)
+    train(  # 4
         model,
         make_optimizer(model, rows.spec.training.optimizer, rows.spec.training.learning_rate),
         x,
@@ -78,7 +85,7 @@ def work(authority: AuthorityClient, run: str, code_digest: str, group: Group) -
         commit_block=_committer(authority, run, group),
         on_step=_reporter(authority, run, lease.plan) if group.rank == 0 else None,
     )
-    return _publish(authority, run, lease, rows, model) if group.rank == 0 else None  # 4
+    return _publish(authority, run, lease, rows, model, *holdout) if holdout else None  # 5
 
 
 def _committer(authority: AuthorityClient, run: str, group: Group) -> Callable[[int, int], None]:
@@ -96,7 +103,7 @@ def _committer(authority: AuthorityClient, run: str, group: Group) -> Callable[[
 
 
 def _reporter(authority: AuthorityClient, run: str, plan: dict[str, Any]) -> Callable[[int], None]:
-    """Tell people how far it is. Rows are counted as planned (q·N a step): realised batch sizes are private."""
+    """Tell people how far it is, in rows as planned (q·N a step): realised batch sizes are private."""
     started = last = time.monotonic()
     first_step: int | None = None
 
@@ -108,7 +115,8 @@ def _reporter(authority: AuthorityClient, run: str, plan: dict[str, Any]) -> Cal
         elif now - last >= PROGRESS_INTERVAL_S or done == plan["steps"]:
             last = now
             rows_per_s = (done - first_step) * plan["sample_rate"] * plan["rows"] / (now - started)
-            authority.post(f"/v1/runs/{run}/progress", {"steps_done": done, "rows_per_s": rows_per_s})
+            with suppress(UnavailableError):  # the run has paid for its steps: it does not die for a report
+                authority.post(f"/v1/runs/{run}/progress", {"steps_done": done, "rows_per_s": rows_per_s})
 
     return report
 
@@ -117,7 +125,7 @@ class _Rows:
     """The rows that one lease opens."""
 
     def __init__(self, lease: TrainingLease) -> None:
-        self.manifest = DatasetManifest.parse(lease.manifest)
+        self.manifest = signed_manifest(lease.manifest, lease.owner_key)
         self.spec = TrainingSpec.parse(lease.spec)
         schema = DatasetSchema.from_mapping(self.manifest.dataset_schema)
         self.features = schema.feature_columns(self.spec.features)
@@ -154,9 +162,14 @@ class _Rows:
 
 
 def _publish(
-    authority: AuthorityClient, run: str, lease: TrainingLease, rows: _Rows, model: torch.nn.Module
+    authority: AuthorityClient,
+    run: str,
+    lease: TrainingLease,
+    rows: _Rows,
+    model: torch.nn.Module,
+    x: torch.Tensor,
+    y: torch.Tensor,
 ) -> dict[str, Any]:
-    x, y = rows.load("holdout")
     accuracy = private_accuracy(evaluate(model, x, y), len(y), lease.evaluation_epsilon)
     onnx = to_onnx(model, rows.encoder.width)
     manifest = ModelManifest(
@@ -177,10 +190,6 @@ def _publish(
         "model_sha256": sha256_hex(onnx),
         "blob": path,
         "blob_sha256": sha256_hex(sealed),
-        "metrics": {
-            "holdout_accuracy": accuracy,
-            "holdout_rows": float(len(y)),
-            "evaluation_epsilon": lease.evaluation_epsilon,
-        },
+        "holdout_accuracy": accuracy,
     }
     return dict(authority.post(f"/v1/runs/{run}/model", body))
