@@ -227,16 +227,17 @@ def test_the_cluster_of_the_run_is_gone(story: Story) -> None:
     assert len(cluster_folders() - story.clusters_before) == 1, "only the serving cluster is left"
 
 
-def test_off_loopback_there_is_only_the_grpc_port_of_a_replica_and_it_wants_the_token(story: Story) -> None:
-    """Ray binds that port to `[::]`, whatever one asks for."""
+def test_a_replica_listens_on_loopback_only_and_its_grpc_port_wants_the_token(story: Story) -> None:
+    """Ray 2.60 would bind that port to all interfaces: `LoopbackReplica` keeps it in."""
     supervisor = Daemon(story.line.home / "endpoints" / story.endpoint / "serving").process()
     assert supervisor is not None
     (guardian,) = supervisor.children()
     sockets = listeners([supervisor, *supervisor.children(recursive=True)])
-    outside = [each for each in sockets if not each.on_loopback]
     assert len(sockets) >= 8
-    assert all(each.title.startswith("ray::ServeReplica:cloister:") for each in outside), outside
-    assert len(outside) == len({each.pid for each in outside}), "one each, at most"
+    assert [each for each in sockets if not each.on_loopback] == []
+    replicas = [each for each in sockets if each.title.startswith("ray::ServeReplica:cloister:")]
+    own = [each for each in replicas if not story.url.endswith(f":{each.port}")]
+    assert 1 <= len(own) < len(replicas)
     folder = Path(guardian.environ()["CLOISTER_CLUSTER"])
     authority, certificate, key, token = ((folder / n).read_bytes() for n in ("ca.crt", "tls.crt", "tls.key", "token"))
     mutual = grpc.ssl_channel_credentials(authority, key, certificate)
@@ -250,13 +251,17 @@ def test_off_loopback_there_is_only_the_grpc_port_of_a_replica_and_it_wants_the_
                 return error.code()
         return grpc.StatusCode.OK
 
-    for each in outside:
+    answered = 0
+    for each in own:
         address = f"127.0.0.1:{each.port}"
         assert handle_request(None, token) is grpc.StatusCode.UNAVAILABLE
         assert handle_request(grpc.ssl_channel_credentials(authority), token) is grpc.StatusCode.UNAVAILABLE
-        assert handle_request(mutual, None) is grpc.StatusCode.UNAUTHENTICATED
-        assert handle_request(mutual, b"0" * 64) is grpc.StatusCode.UNAUTHENTICATED
-        assert handle_request(mutual, token) is grpc.StatusCode.UNKNOWN, "it got in, and sent nothing that unpickles"
+        # UNKNOWN: it got in, and sent nothing that unpickles. Ray's own port does not know the method.
+        if handle_request(mutual, token) is grpc.StatusCode.UNKNOWN:
+            answered += 1
+            assert handle_request(mutual, None) is grpc.StatusCode.UNAUTHENTICATED
+            assert handle_request(mutual, b"0" * 64) is grpc.StatusCode.UNAUTHENTICATED
+    assert answered == 1
 
 
 def test_the_model_is_as_accurate_as_was_promised(story: Story) -> None:
@@ -438,6 +443,23 @@ def test_a_run_can_be_stopped_and_its_epsilon_is_free_again(story: Story) -> Non
     assert shown["state"] == "stopped"
     assert story.line.budget_left() == pytest.approx(before)
     assert Daemon(story.line.home / "runs" / run / "driver").process() is None
+
+
+def test_a_killed_supervisor_takes_its_cluster_along_and_the_run_settles(story: Story) -> None:
+    before, clusters = story.line.budget_left(), cluster_folders()
+    run = story.line.json("train", "submit", SPEC, who="ed")["run"]
+    deadline = time.monotonic() + 30
+    while cluster_folders() == clusters and time.monotonic() < deadline:
+        time.sleep(0.1)
+    supervisor = Daemon(story.line.home / "runs" / run / "driver").process()
+    assert supervisor is not None
+    supervisor.kill()
+    said = story.line.refused("train", "watch", run, who="ed")
+    assert "supervisor was killed" in said
+    assert story.line.budget_left() == pytest.approx(before)
+    while cluster_folders() != clusters and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert cluster_folders() == clusters
 
 
 def test_the_log_verifies_offline_and_down_leaves_nothing(story: Story, tmp_path: Path) -> None:

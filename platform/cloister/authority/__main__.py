@@ -40,9 +40,18 @@ def main() -> int:
         daemon.report("failed", error=describe(error))
         return 1
     config = uvicorn.Config(
-        create_app(authority), host=options.host, port=options.port, ssl_certfile=str(certificate),
-        ssl_keyfile=str(key), access_log=False, log_level="warning", server_header=False, timeout_keep_alive=30,
-    )  # fmt: skip
+        create_app(authority),
+        host=options.host,
+        port=options.port,
+        ssl_certfile=str(certificate),
+        ssl_keyfile=str(key),
+        access_log=False,
+        log_level="warning",
+        server_header=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=3,  # a client that keeps its connection open must not hold up `cloister down`
+        limit_concurrency=256,
+    )
     server = _Server(config, daemon)
     server.run()
     authority.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -196,11 +197,11 @@ def settle_orphan(home: Home, run: str) -> bool:
     directory = home.runs / run
     if not (directory / "run.json").exists() or Daemon(directory / "driver").process() is not None:
         return False
-    client = RunFolder.open(directory).client()
-    if client.get(f"/v1/runs/{run}")["state"] in ENDED:
-        return False
-    lost = UnavailableError("the run's supervisor was killed", "submit it again: cloister train submit SPEC")
-    client.post(f"/v1/runs/{run}/failure", {"error": describe(lost)})
+    with contextlib.closing(RunFolder.open(directory).client()) as client:
+        if client.get(f"/v1/runs/{run}")["state"] in ENDED:
+            return False
+        lost = UnavailableError("the run's supervisor was killed", "submit it again: cloister train submit SPEC")
+        client.post(f"/v1/runs/{run}/failure", {"error": describe(lost)})
     return True
 
 

@@ -9,8 +9,10 @@ replaced (take two); or autoscaling: Serve counts requests that pass through Ser
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray import serve
@@ -46,7 +48,24 @@ def build(directory: Path, *, connect: Callable[[Endpoint], Backing] = connect, 
         graceful_shutdown_wait_loop_s=0.1,  # Serve's own drain: nothing to wait for
         graceful_shutdown_timeout_s=DRAIN_S + 5,  # ours, in `Replica.close`
     )
-    return deployment(Replica).bind(str(endpoint.directory), connect)
+    return deployment(LoopbackReplica).bind(str(endpoint.directory), connect)
+
+
+class LoopbackReplica(Replica):
+    """A replica whose port for Serve's own calls is on loopback too.
+
+    Ray 2.60 binds that port to all interfaces, with no setting for it, after this constructor and in this process. The
+    name below is private to Ray: without it no replica starts, and `tests/cluster` looks at what really listens.
+    """
+
+    def __init__(self, directory: str, connect: Callable[[Endpoint], Backing]) -> None:
+        """As `Replica`."""
+        serve_replica: Any = sys.modules["ray.serve._private.replica"]
+        add_port = serve_replica.add_port_to_grpc_server
+        serve_replica.add_port_to_grpc_server = lambda server, address: add_port(
+            server, address.replace("[::]", "127.0.0.1")
+        )
+        super().__init__(directory, connect)
 
 
 def run(directory: Path) -> None:

@@ -40,6 +40,7 @@ def supervise(directory: Path) -> int:
         with ray_cluster(num_cpus=endpoint.config.replicas + _CPUS_OF_SERVE, job_api=False) as cluster:  # 2
             os.environ.update(cluster.environment())
             _deploy(endpoint)  # 3
+            signal.signal(signal.SIGTERM, lambda *_: stop.set())  # again: Ray has put a handler of its own there
             daemon.report("ready", port=endpoint.config.port, cluster=str(cluster.directory))
             _hold(stop)  # 4
     except CloisterError as error:
