@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cloister.errors import AuthenticationError, InputError, NotFoundError
+from cloister.errors import AuthenticationError, InputError, NotFoundError, UnavailableError
 from cloister.stores.home import Home
 
 if TYPE_CHECKING:
@@ -105,6 +106,25 @@ def _authority_facts(home: Home) -> dict[str, Any]:
 
     file = home.client / "authority.json"
     return dict(read_json(file, what="authority known to this machine", hint="start one: cloister up"))
+
+
+def require_free_port(host: str, port: int) -> None:
+    """Refuse a port that is taken before anything is started or recorded for it.
+
+    Raises:
+        InputError: `host` is not an address of this machine. UnavailableError: the port is taken.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except socket.gaierror as error:
+        raise InputError(f"{host} is not an address of this machine", "use --host 127.0.0.1") from error
+    except OSError as error:
+        raise UnavailableError(
+            f"port {port} on {host} cannot be used: {error.strerror}", f"choose another: --port {port + 1}"
+        ) from error
 
 
 class NameType(click.ParamType[str]):

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import click
 
 from cloister.cli import output
-from cloister.cli.context import Context, common, key_file
+from cloister.cli.context import Context, common, key_file, require_free_port
 from cloister.cluster import reap
 from cloister.config import AuthoritySettings, Settings
-from cloister.errors import CloisterError, InputError, UnavailableError
+from cloister.errors import CloisterError, UnavailableError
 from cloister.process import Daemon
 from cloister.stores.files import private_directory, write_atomic, write_json
 from cloister.stores.home import Home
@@ -62,7 +61,7 @@ def start_authority(home: Home, settings: AuthoritySettings) -> dict[str, Any]:
     url = f"https://{settings.host}:{settings.port}"
     if daemon.process() is not None and daemon.status()["state"] == "ready":
         return {"url": _known_url(home) or url, "started": False}
-    _require_free(settings.host, settings.port)
+    require_free_port(settings.host, settings.port)
     public = _operator_key(home)
     private_directory(home.authority)
     arguments = [str(home.authority), "--host", settings.host, "--port", str(settings.port), "--operator", OPERATOR,
@@ -105,20 +104,6 @@ def _operator_key(home: Home) -> Path:
     public = private.with_suffix(".pub")
     write_atomic(public, keys.public_to_pem(keys.ed25519_from_pem(private.read_bytes()).public_key()))
     return public
-
-
-def _require_free(host: str, port: int) -> None:
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        with socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-    except socket.gaierror as error:
-        raise InputError(f"{host} is not an address of this machine", "use --host 127.0.0.1") from error
-    except OSError as error:
-        raise UnavailableError(
-            f"port {port} on {host} cannot be used: {error.strerror}", f"choose another: cloister up --port {port + 1}"
-        ) from error
 
 
 @click.command()

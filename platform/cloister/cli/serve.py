@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-import socket
 from pathlib import Path
 from typing import Any
 
 import click
 
 from cloister.cli import output
-from cloister.cli.context import NAME, Context, authority_address, common
-from cloister.errors import CloisterError, InputError, NotFoundError, UnavailableError
+from cloister.cli.context import NAME, Context, authority_address, common, require_free_port
+from cloister.errors import CloisterError, InputError, NotFoundError
 from cloister.stores.home import Home
 
 DEPLOY_TIMEOUT_S = 120.0
@@ -54,7 +53,7 @@ def deploy(context: Context, model: str, port: int, replicas: int, quota: tuple[
     from cloister.serving.endpoint import write_endpoint
     from cloister.signing import certificates, keys
 
-    _require_free(port)
+    require_free_port("127.0.0.1", port)
     client = context.client()
     key, tls_key = keys.generate_ed25519(), certificates.new_private_key()
     body = {
@@ -100,17 +99,6 @@ def deploy(context: Context, model: str, port: int, replicas: int, quota: tuple[
         "Each replica verified signature, provenance and approval itself; the model is in clear only in its memory."
     )
     output.say(f"Next: cloister infer {model} ROWS.csv --as CONSUMER")
-
-
-def _require_free(port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise UnavailableError(
-                f"port {port} on 127.0.0.1 cannot be used: {error.strerror}", f"choose another: --port {port + 1}"
-            ) from error
 
 
 @serve.command()

@@ -7,23 +7,19 @@ Does not guarantee that a tmpfs is not swapped.
 
 from __future__ import annotations
 
-import datetime
-import ipaddress
 import os
 import secrets
 import stat
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from cloister.errors import InputError, UnavailableError
+from cloister.signing import certificates
 
 LOOPBACK = "127.0.0.1"
-CERTIFICATE_LIFE = datetime.timedelta(days=365)  # Ray reads certificates once: a cluster must end before this does
+CERTIFICATE_LIFETIME = timedelta(days=365)  # Ray reads certificates once: a cluster must end before this does
 MAX_UNIX_PATH_BYTES = 107  # sockaddr_un.sun_path less its NUL, unix(7)
 RAY_SOCKET_PATH = "r/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store"  # the longest
 
@@ -65,21 +61,14 @@ def write_private(path: Path, content: bytes) -> None:
 def write_credentials(directory: Path) -> None:
     """A token, and a certificate authority that signs one certificate and is then forgotten."""
     write_private(directory / "token", secrets.token_hex(32).encode())
-    now = datetime.datetime.now(datetime.UTC)
-    authority_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-    authority = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"cloister cluster {directory.name}")])
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-    names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(LOOPBACK)), x509.DNSName("localhost")])
-
-    def sign(subject: x509.Name, key: ec.EllipticCurvePrivateKey, ca: bool) -> bytes:
-        serial = x509.random_serial_number()
-        builder = x509.CertificateBuilder(authority, subject, key.public_key(), serial)
-        builder = builder.not_valid_before(now - datetime.timedelta(minutes=5)).not_valid_after(now + CERTIFICATE_LIFE)
-        builder = builder.add_extension(x509.BasicConstraints(ca=ca, path_length=0 if ca else None), critical=True)
-        builder = builder if ca else builder.add_extension(names, critical=False)
-        return builder.sign(authority_key, hashes.SHA256()).public_bytes(pem)
-
-    pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
-    write_private(directory / "ca.crt", sign(authority, authority_key, ca=True))
-    write_private(directory / "tls.crt", sign(subject, key, ca=False))
-    write_private(directory / "tls.key", key.private_bytes(pem, pkcs8, serialization.NoEncryption()))
+    authority_key, key = certificates.new_private_key(), certificates.new_private_key()
+    authority = certificates.new_ca(authority_key, f"cloister cluster {directory.name}")
+    request = certificates.signing_request(key, "localhost")
+    write_private(directory / "ca.crt", authority)
+    write_private(
+        directory / "tls.crt",
+        certificates.issue(
+            authority_key, authority, request, hosts=(LOOPBACK, "localhost"), lifetime=CERTIFICATE_LIFETIME
+        ),
+    )
+    write_private(directory / "tls.key", key)

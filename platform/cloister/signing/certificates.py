@@ -1,7 +1,7 @@
 """X.509 certificates of an internal authority (RFC 5280), P-256 throughout.
 
-Guarantees: a leaf is never a CA, names only what it was issued for, and lives at most `LEAF_LIFETIME`; the caller keeps
-every private key, since requests arrive as CSRs (PKCS #10).
+Guarantees: a leaf is never a CA, names only what it was issued for, and lives no longer than was asked; the caller
+keeps every private key, since requests arrive as CSRs (PKCS #10).
 Not guaranteed: revocation lists. Short lives take their place.
 """
 
@@ -18,7 +18,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from cloister.errors import InputError
 
-LEAF_LIFETIME = timedelta(days=7)
+LEAF_LIFETIME = timedelta(days=90)  # nothing renews them yet: a restart does
 CA_LIFETIME = timedelta(days=3650)
 _CLOCK_SKEW = timedelta(minutes=5)
 
@@ -51,7 +51,14 @@ def signing_request(private_key: bytes, common_name: str) -> bytes:
     return request.public_bytes(serialization.Encoding.PEM)
 
 
-def issue(ca_key: bytes, ca_certificate: bytes, request: bytes, *, hosts: tuple[str, ...]) -> bytes:
+def issue(
+    ca_key: bytes,
+    ca_certificate: bytes,
+    request: bytes,
+    *,
+    hosts: tuple[str, ...],
+    lifetime: timedelta = LEAF_LIFETIME,
+) -> bytes:
     """A leaf certificate (PEM) for the CSR's key, valid for `hosts` as TLS server and client.
 
     Raises:
@@ -67,7 +74,7 @@ def issue(ca_key: bytes, ca_certificate: bytes, request: bytes, *, hosts: tuple[
         raise InputError("the signing request must be self-signed by a P-256 key", "make it with a P-256 key")
     issuer = x509.load_pem_x509_certificate(ca_certificate)
     builder = (
-        _builder(csr.subject, issuer.subject, LEAF_LIFETIME)
+        _builder(csr.subject, issuer.subject, lifetime)
         .public_key(public_key)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(ca=False), critical=True)
