@@ -265,6 +265,47 @@ def test_a_missing_root_key_does_not_make_a_new_one(tmp_path: Path) -> None:
     assert not (fresh.home / "authority" / "keys" / "root.key").exists()
 
 
+def test_an_endpoint_does_not_share_a_port(line: CommandLine) -> None:
+    before = line.json("serve", "status")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert port in line.refused("serve", "deploy", "adult", "--port", port)
+    assert line.json("serve", "status") == before
+
+
+def test_a_plan_touches_no_data(line: CommandLine) -> None:
+    """It is made with every sealed file out of reach."""
+    blobs = line.home / "authority" / "blobs"
+    blobs.chmod(0o000)
+    aside = blobs.with_name("aside")
+    blobs.rename(aside)
+    try:
+        plan = line.json("train", "plan", ADULT / "train.yaml", who="ed")
+    finally:
+        aside.rename(blobs)
+        blobs.chmod(0o700)
+    assert plan["plan"]["epsilon_certified"] <= 3.0
+    assert plan["budget_before"] - plan["budget_after"] == pytest.approx(3.0)
+    assert line.json("audit", "search", "--action", "train:plan", "--limit", "1")[0]["actor"] == "ed"
+
+
+def test_starting_and_stopping_are_on_record(tmp_path: Path) -> None:
+    fresh = CommandLine(tmp_path / "fresh")
+    port = str(free_port())
+    fresh.json("up", "--port", port)
+    fresh.json("down")
+    fresh.json("up", "--port", port)
+    actions = [entry["action"] for entry in fresh.json("audit", "search")]
+    fresh.json("down")
+    assert [action for action in actions if action.startswith("authority:")] == [
+        "authority:start",
+        "authority:stop",
+        "authority:start",
+    ]
+
+
 def test_down_leaves_no_process_and_can_be_said_twice(tmp_path: Path) -> None:
     fresh = CommandLine(tmp_path / "fresh")
     fresh.json("up", "--port", str(free_port()))

@@ -52,24 +52,30 @@ def main() -> int:
         timeout_graceful_shutdown=3,  # a client that keeps its connection open must not hold up `cloister down`
         limit_concurrency=256,
     )
-    server = _Server(config, daemon)
-    server.run()
-    authority.close()
+    authority.note("authority:start")
+    _Server(config, daemon, authority).run()
     return 0
 
 
 class _Server(uvicorn.Server):
     """Says `ready` once the port is really open, then warms what the first plan would have to wait for."""
 
-    def __init__(self, config: uvicorn.Config, daemon: Daemon) -> None:
+    def __init__(self, config: uvicorn.Config, daemon: Daemon, authority: Authority) -> None:
         super().__init__(config)
         self._daemon = daemon
+        self._authority = authority
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             self._daemon.report("ready", pid=os.getpid())
             threading.Thread(target=_warm, daemon=True).start()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        # Here and not after `run`, which ends with the signal that it was stopped by.
+        self._authority.note("authority:stop")
+        self._authority.close()
 
 
 def _warm() -> None:

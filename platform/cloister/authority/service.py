@@ -12,6 +12,7 @@ from pathlib import Path
 from nacl.signing import SigningKey
 
 from cloister.audit.checkpoint import verifier_key_text
+from cloister.audit.event import Event
 from cloister.authority.core import LOG_ORIGIN, Core
 from cloister.authority.data import Datasets
 from cloister.authority.endpoints import Endpoints
@@ -90,6 +91,13 @@ class Authority:
             certificates.issue(self._ca_key, self.ca_certificate, certificates.signing_request(key, host), hosts=hosts),
         )
         return certificate, private
+
+    def note(self, action: str) -> None:
+        """Put the authority's own coming and going on record."""
+        self.core.record(
+            Event(time=self.core.now_text(), actor="authority", action=action, resource="Platform/platform",
+                  outcome="success", rule="itself", source="local", details={"url": self.url})
+        )  # fmt: skip
 
     def close(self) -> None:
         self.core.database.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from cloister.process import Daemon
 from cloister.stores.home import Home
 
 POLL_S = 0.4
+LINE_S = 2.0
 CLUSTER_TIMEOUT_S = 90.0
 ENDED = frozenset({"finished", "failed", "stopped"})
 
@@ -176,6 +178,7 @@ def follow_run(context: Context, run: str) -> dict[str, Any]:
 def _follow(context: Context, run: str) -> dict[str, Any]:
     client = context.client()
     shown: dict[str, Any] = client.get(f"/v1/runs/{run}")
+    said = 0.0
     with output.progress(run) as advance:
         while shown["state"] not in ENDED:
             settle_orphan(context.home, run)
@@ -184,6 +187,9 @@ def _follow(context: Context, run: str) -> dict[str, Any]:
             if shown["state"] == "submitted":
                 note = "the cluster starts"
             advance(shown["steps_done"], shown["steps"], note)
+            if not (context.json or sys.stderr.isatty()) and time.monotonic() - said >= LINE_S:
+                said = time.monotonic()  # no bar on a pipe: now and then a line
+                output.say(note)
             time.sleep(POLL_S)
             shown = client.get(f"/v1/runs/{run}")
     return shown
