@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from authority_world import CODE, DELTA, EPSILON, STEPS, Person, World, adult_schema, lease_body, training_spec
+from authority_world import CODE, DELTA, EPSILON, STEPS, URL, Person, World, adult_schema, lease_body, training_spec
 from cloister.authority import runs as runs_module
+from cloister.authority.service import Authority
 from cloister.datasets.schema import DatasetSchema
-from cloister.errors import CloisterError, UnavailableError
+from cloister.errors import CloisterError, IntegrityError, UnavailableError
 from cloister.sealing.lease import OneTimeKey
 from cloister.stores.database import runs
 
@@ -338,3 +341,26 @@ def test_a_row_shows_no_key(world: World) -> None:
     for secret in (lease.model_key, *lease.keys.values()):
         assert repr(secret).encode()[2:-1] not in stored
     assert "key" not in world.get("ed", f"/v1/runs/{run}")
+
+
+def test_an_old_backup_does_not_give_the_budget_back(world: World, tmp_path: Path) -> None:
+    """Clearing the ledger loses the data: a state from before a lease is refused as long as the keys are there."""
+    backup = tmp_path / "state.db"
+    with sqlite3.connect(world.directory / "state.db") as source, sqlite3.connect(backup) as target:
+        source.backup(target)
+    run = world.submit()
+    world.lease(run)
+    world.commit(run)
+    newest = tmp_path / "newest.db"
+    with sqlite3.connect(world.directory / "state.db") as source, sqlite3.connect(newest) as target:
+        source.backup(target)
+    world.authority.close()
+    elsewhere = tmp_path / "restored"
+    shutil.copytree(world.directory, elsewhere)
+    for name in ("state.db-wal", "state.db-shm"):
+        (elsewhere / name).unlink(missing_ok=True)
+    shutil.copyfile(newest, elsewhere / "state.db")
+    Authority(elsewhere, url=URL).close()  # what is as new as the keys remember opens
+    shutil.copyfile(backup, elsewhere / "state.db")
+    with pytest.raises(IntegrityError, match="old backup"):
+        Authority(elsewhere, url=URL)

@@ -21,7 +21,7 @@ from cloister.audit.checkpoint import Checkpoint
 from cloister.audit.checkpoint import sign as sign_checkpoint
 from cloister.audit.event import Event, Outcome, utc_text
 from cloister.audit.merkle import CompactTree
-from cloister.errors import AuthenticationError, PermissionDeniedError
+from cloister.errors import AuthenticationError, IntegrityError, PermissionDeniedError
 from cloister.policy import Policy, Request
 from cloister.stores.database import Database, log_checkpoints, log_entries
 from cloister.stores.keys import KeyService
@@ -116,6 +116,32 @@ class Core:
             Checkpoint(origin=LOG_ORIGIN, size=tree.size, root=tree.root()), self._log_key, LOG_ORIGIN
         )
         connection.execute(insert(log_checkpoints).values(size=tree.size, tree=tree.to_hex(), note=note))
+
+    def anchor(self) -> None:
+        """Have the key service remember the log as it is now: called before keys leave, so that spending sticks."""
+        with self.database.transaction() as connection:
+            row = connection.execute(
+                select(log_checkpoints).order_by(log_checkpoints.c.size.desc()).limit(1)
+            ).one_or_none()
+        if row is not None:
+            self.keys.remember(row.size, CompactTree.from_hex(row.size, row.tree).root().hex())
+
+    def require_anchored(self) -> None:
+        """Refuse a database that is older than what the key service remembers: its ledger would be too.
+
+        Raises:
+            IntegrityError: an old backup was restored, or the log is another one.
+        """
+        kept = self.keys.remembered()
+        if kept is None:
+            return
+        with self.database.transaction() as connection:
+            row = connection.execute(select(log_checkpoints).where(log_checkpoints.c.size == kept[0])).one_or_none()
+        if row is None or CompactTree.from_hex(row.size, row.tree).root().hex() != kept[1]:
+            raise IntegrityError(
+                "the state is not the one that keys were last given out under: an old backup, or another log",
+                "restore the newest state.db; budgets spent since the backup would be forgotten",
+            )
 
     def now_text(self) -> str:
         return utc_text(datetime.fromtimestamp(self.clock(), UTC))

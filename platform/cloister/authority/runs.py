@@ -138,6 +138,7 @@ class Runs:
             act.connection.execute(insert(leases).values(run=run, rank=rank, created=self._core.clock()))
             act.connection.execute(update(runs).where(runs.c.id == run).values(state="training"))
             sealed = seal_to(public_key, canonical_json(payload), purposes.training_lease(run, rank))
+        self._core.anchor()
         return {
             "sealed": b64(sealed),
             "manifest": dataset.envelope,

@@ -66,6 +66,7 @@ class Authority:
             log_key=log_key,
             clock=clock,
         )
+        self.core.require_anchored()
         self.log = Log(self.core, verifier_key_text(LOG_ORIGIN, bytes(log_key.verify_key)))
         write_atomic(directory / "log.pub", self.log.verifier_key.encode() + b"\n")
         self.identities = Identities(

@@ -2,7 +2,7 @@
 
 Guarantees: every write runs in one serialised transaction (`BEGIN IMMEDIATE` on SQLite with synchronous=FULL), so
 budgets and versions are checked and changed without a gap; wrapped data keys live beside the ledger, so that
-restoring or clearing one restores or clears the other.
+clearing one clears the other. (Restoring an old copy is noticed by the key service's anchor: `Core.anchor`.)
 Not guaranteed: secrecy of this file beyond its mode. It holds no key in clear, no row of data and no token.
 """
 

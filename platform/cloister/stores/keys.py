@@ -36,6 +36,12 @@ class KeyService(Protocol):
     def store_secret(self, name: str, value: bytes) -> None:
         """Store or replace a secret."""
 
+    def remember(self, size: int, root: str) -> None:
+        """Keep how long the log was, and its root in hex, where restoring the database does not reach."""
+
+    def remembered(self) -> tuple[int, str] | None:
+        """What was last kept; None before the first time."""
+
 
 class EmbeddedKeys:
     """`directory/root.key` and `directory/keyring.json`."""
@@ -48,6 +54,7 @@ class EmbeddedKeys:
         """
         private_directory(directory)
         self._ring_file = directory / "keyring.json"
+        self._anchor_file = directory / "anchor.json"
         root_file = directory / "root.key"
         if not self._ring_file.exists() and not root_file.exists():
             write_atomic(root_file, os.urandom(KEY_BYTES), replace=False)
@@ -91,6 +98,15 @@ class EmbeddedKeys:
     def store_secret(self, name: str, value: bytes) -> None:
         self._ring["secrets"][name] = b64(seal(self._root, value, _secret_context(name)))
         write_json(self._ring_file, self._ring)
+
+    def remember(self, size: int, root: str) -> None:
+        write_json(self._anchor_file, {"size": size, "root": root})
+
+    def remembered(self) -> tuple[int, str] | None:
+        if not self._anchor_file.exists():
+            return None
+        kept = read_json(self._anchor_file, what="anchor of the log", hint=f"restore {self._anchor_file} from a backup")
+        return int(kept["size"]), str(kept["root"])
 
 
 def _secret_context(name: str) -> dict[str, str]:
