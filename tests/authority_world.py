@@ -26,7 +26,7 @@ from cloister.authority.api import create_app
 from cloister.authority.core import Caller
 from cloister.authority.service import Authority
 from cloister.canonical import b64, sha256_hex
-from cloister.client.authority import AUTHORITY_AUDIENCE, JWT_BEARER, AuthorityClient, TrainingLease
+from cloister.client.authority import AuthorityClient, TrainingLease
 from cloister.client.seal import seal_dataset
 from cloister.datasets.schema import DatasetSchema
 from cloister.models.manifest import ModelManifest
@@ -34,6 +34,7 @@ from cloister.models.release import APPROVAL_PREDICATE
 from cloister.sealing.lease import OneTimeKey
 from cloister.sealing.stream import seal
 from cloister.signing import certificates, dsse, keys, tokens
+from cloister.signing.tokens import AUTHORITY_AUDIENCE, JWT_BEARER
 from cloister.stores.blobs import FolderBlobs
 from cloister.stores.database import log_entries, metadata
 

@@ -13,8 +13,8 @@ from authority_world import APP, CODE, ROLES, URL, Person, World, lease_body, re
 from cloister.authority import api
 from cloister.authority.identity import ROLES as KNOWN_ROLES
 from cloister.authority.identity import add_identity
-from cloister.client.authority import AUTHORITY_AUDIENCE
 from cloister.signing import keys, tokens
+from cloister.signing.tokens import AUTHORITY_AUDIENCE
 
 INFERENCE = tokens.INFERENCE_AUDIENCE
 

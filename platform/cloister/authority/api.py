@@ -22,9 +22,9 @@ from cloister.authority.service import Authority
 from cloister.canonical import b64, unb64
 from cloister.errors import CloisterError, InputError, QuotaExceededError
 from cloister.process import describe
+from cloister.signing.tokens import JWT_BEARER
 
 MAX_BODY_BYTES = 16 * 1024 * 1024
-JWT_BEARER = "urn:ietf:params:oauth:grant-type:jwt-bearer"  # RFC 7523 section 8.1
 _log = logging.getLogger("cloister.authority")
 
 PUBLIC = frozenset({"/v1/health", "/v1/info", "/v1/checkpoint", "/v1/token", "/v1/openapi.json"})

@@ -20,8 +20,7 @@ from cloister.signing import tokens
 from cloister.signing.keys import ed25519_public_from_pem, public_to_pem
 from cloister.stores.database import identities, used_assertions
 
-AUDIENCE = "urn:cloister:authority"
-AUDIENCES = frozenset({AUDIENCE, tokens.INFERENCE_AUDIENCE})
+AUDIENCES = frozenset({tokens.AUTHORITY_AUDIENCE, tokens.INFERENCE_AUDIENCE})
 ROLES = ("operator", "data-owner", "engineer", "reviewer", "consumer", "auditor")
 _NAME = re.compile(r"[a-z][a-z0-9._-]{0,62}")
 # Names that the log uses for the authority itself and for workloads: a person of such a name would be taken for one.
@@ -36,7 +35,9 @@ class Identities:
         self.issuer = issuer
         self._token_key = token_key
         self.token_key_id = token_key_id
-        self._verifier = tokens.TokenVerifier({token_key_id: token_public}, issuer=issuer, audience=AUDIENCE)
+        self._verifier = tokens.TokenVerifier(
+            {token_key_id: token_public}, issuer=issuer, audience=tokens.AUTHORITY_AUDIENCE
+        )
 
     def register(self, caller: Caller, name: str, roles: list[str], public_key: str) -> dict[str, Any]:
         """Make a person known.

@@ -11,7 +11,7 @@ from cloister.cli.context import NAME, Context, common, key_file
 from cloister.errors import ConflictError, NotFoundError
 from cloister.stores.files import private_directory, write_atomic
 
-RESOURCES = {"authority": "urn:cloister:authority", "inference": "urn:cloister:inference"}
+RESOURCES = ("authority", "inference")
 
 
 @click.command()
@@ -29,11 +29,14 @@ def login(context: Context, name: str) -> None:
 
 
 @click.command()
-@click.option("--for", "resource", type=click.Choice(sorted(RESOURCES)), default="inference", show_default=True)
+@click.option("--for", "resource", type=click.Choice(RESOURCES), default="inference", show_default=True)
 @common
 def token(context: Context, resource: str) -> None:
     """Print a short-lived access token, for curl and other clients. Treat it as a password for ten minutes."""
-    text = context.client().token(RESOURCES[resource])
+    from cloister.signing import tokens
+
+    audience = tokens.INFERENCE_AUDIENCE if resource == "inference" else tokens.AUTHORITY_AUDIENCE
+    text = context.client().token(audience)
     if context.json:
         output.value({"access_token": text})
     else:

@@ -27,8 +27,6 @@ from cloister.stores.blobs import FolderBlobs
 
 TIMEOUT_S = 60.0
 TOKEN_MARGIN_S = 30.0
-AUTHORITY_AUDIENCE = "urn:cloister:authority"
-JWT_BEARER = "urn:ietf:params:oauth:grant-type:jwt-bearer"  # RFC 7523 section 8.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +84,7 @@ class AuthorityClient:
     def close(self) -> None:
         self._http.close()
 
-    def token(self, audience: str = AUTHORITY_AUDIENCE) -> str:
+    def token(self, audience: str = tokens.AUTHORITY_AUDIENCE) -> str:
         """An access token that is good for at least half a minute more.
 
         Raises:
@@ -97,7 +95,7 @@ class AuthorityClient:
             if time.monotonic() < good_until:
                 return token
             assertion = tokens.issue_assertion(self._key, subject=self.name, audience=self.url, now=time.time())
-            form = {"grant_type": JWT_BEARER, "assertion": assertion, "resource": audience}
+            form = {"grant_type": tokens.JWT_BEARER, "assertion": assertion, "resource": audience}
             answer = self._answer(self._send("POST", "/v1/token", data=form))
             self._tokens[audience] = (answer["access_token"], time.monotonic() + answer["expires_in"] - TOKEN_MARGIN_S)
             return str(answer["access_token"])
