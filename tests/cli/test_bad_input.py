@@ -5,12 +5,14 @@ from __future__ import annotations
 import gzip
 import json
 import socket
+import ssl
 from pathlib import Path
 
+import httpx
 import pytest
 
 from cloister.process import Daemon
-from cloister.signing import tokens
+from cloister.signing import keys, tokens
 from cloister.stores.keys import EmbeddedKeys
 from command_line import ADULT, CommandLine, free_port
 
@@ -153,10 +155,6 @@ def test_the_authority_does_not_leave_loopback_without_a_certificate(tmp_path: P
 def test_an_expired_token_is_called_expired(line: CommandLine, tmp_path: Path) -> None:
     secrets = EmbeddedKeys(line.home / "authority" / "keys")
     url = json.loads((line.home / "client" / "authority.json").read_text())["url"]
-    import httpx
-
-    from cloister.signing import keys
-
     private = secrets.secret("tokens")
     public = keys.public_to_pem(keys.ed25519_from_pem(private).public_key())
     old = tokens.issue(
@@ -289,6 +287,19 @@ def test_a_plan_touches_no_data(line: CommandLine) -> None:
     assert plan["plan"]["epsilon_certified"] <= 3.0
     assert plan["budget_before"] - plan["budget_after"] == pytest.approx(3.0)
     assert line.json("audit", "search", "--action", "train:plan", "--limit", "1")[0]["actor"] == "ed"
+
+
+def test_the_authority_speaks_tls_1_3_only(line: CommandLine) -> None:
+    url = httpx.URL(json.loads((line.home / "client" / "authority.json").read_text())["url"])
+    context = ssl.create_default_context(cafile=str(line.home / "client" / "ca.pem"))
+    with (
+        socket.create_connection((url.host, url.port)) as plain,
+        context.wrap_socket(plain, server_hostname=url.host) as secure,
+    ):
+        assert secure.version() == "TLSv1.3"
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    with socket.create_connection((url.host, url.port)) as plain, pytest.raises(ssl.SSLError):
+        context.wrap_socket(plain, server_hostname=url.host)
 
 
 def test_starting_and_stopping_are_on_record(tmp_path: Path) -> None:

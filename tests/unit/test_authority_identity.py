@@ -393,3 +393,8 @@ def test_an_unexpected_fault_shows_and_logs_only_its_type(
 
 def test_every_role_of_the_policy_can_be_given() -> None:
     assert {role for roles in ROLES.values() for role in roles} == set(KNOWN_ROLES)
+
+
+def test_a_stranger_may_not_send_much(calm_world: World) -> None:
+    form = {"grant_type": "x", "assertion": "y" * 20_000, "resource": "z"}
+    assert calm_world.http.post("/v1/token", data=form).status_code == 413

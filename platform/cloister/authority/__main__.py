@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import socket
+import ssl
 import sys
 import threading
 from pathlib import Path
@@ -52,6 +53,9 @@ def main() -> int:
         timeout_graceful_shutdown=3,  # a client that keeps its connection open must not hold up `cloister down`
         limit_concurrency=256,
     )
+    config.load()
+    assert config.ssl is not None  # noqa: S101  (a certificate was given)
+    config.ssl.minimum_version = ssl.TLSVersion.TLSv1_3
     authority.note("authority:start")
     _Server(config, daemon, authority).run()
     return 0

@@ -25,6 +25,7 @@ from cloister.process import describe
 from cloister.signing.tokens import JWT_BEARER
 
 MAX_BODY_BYTES = 16 * 1024 * 1024
+MAX_PUBLIC_BODY_BYTES = 16 * 1024  # of callers who have shown nothing yet: an assertion is smaller
 _log = logging.getLogger("cloister.authority")
 
 PUBLIC = frozenset({"/v1/health", "/v1/info", "/v1/checkpoint", "/v1/token", "/v1/openapi.json"})
@@ -36,7 +37,6 @@ Pem = Annotated[str, Field(min_length=1, max_length=4096)]
 Base64 = Annotated[str, Field(max_length=8 * 1024 * 1024)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 CodeDigest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
-MetricName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -325,7 +325,7 @@ def _public_routes(app: FastAPI, authority: Authority) -> None:
 class Gate:
     """What every request passes first: token, then size. Outermost, so that no exception reaches the server's log.
 
-    A body must state its length: over `MAX_BODY_BYTES`, in chunks or without a length it is refused.
+    A body must state its length: over the limit, in chunks or without a length it is refused.
     """
 
     def __init__(self, app: Any, authority: Authority) -> None:
@@ -375,7 +375,8 @@ def _too_large(request: Request) -> bool:
         return False
     length = request.headers.get("content-length", "0")
     plain = length.isascii() and length.isdigit() and len(length) < 20
-    return "transfer-encoding" in request.headers or not plain or int(length) > MAX_BODY_BYTES
+    limit = MAX_PUBLIC_BODY_BYTES if request.url.path in PUBLIC else MAX_BODY_BYTES
+    return "transfer-encoding" in request.headers or not plain or int(length) > limit
 
 
 def _error_response(error: CloisterError) -> Response:
