@@ -45,7 +45,7 @@ def up(context: Context, host: str | None, port: int | None) -> None:
     elif shown["started"]:
         output.say(f"The authority is up at {shown['url']} (TLS, own CA, embedded keys, SQLite).")
         output.say("Protected now: keys rest encrypted, every call is authenticated, every grant is logged.")
-        output.say("Not protected: from root on this machine (assurance level L0).")
+        output.say("Not protected: from whoever controls this machine or this home (assurance level L0).")
         output.say("Next: cloister identity add NAME --role data-owner|engineer|reviewer|consumer")
     else:
         output.say(f"The authority is running already at {shown['url']}.")
@@ -178,7 +178,7 @@ def _findings(home: Home) -> Any:
             yield f"run {directory.name}", "good", "a Ray cluster of its own, on loopback, gone when the run ends"
         elif daemon.status()["state"] == "ready":
             yield f"run {directory.name}", "bad", f"its supervisor is gone: cloister train watch {directory.name}"
-    yield "assurance", "L0", "software only: root on a worker's machine sees what the worker sees"
+    yield "assurance", "L0", "software only: whoever controls a worker's machine sees what the worker sees"
 
 
 def _swap_bytes() -> int:
