@@ -109,29 +109,21 @@ class Story:
 
     def watch(self, who: str, *words: str) -> Any:
         """As `run`, with the command's own progress bar on this terminal."""
-        return self._finish(who, words, stderr=None if sys.stderr.isatty() else subprocess.PIPE)
-
-    def _command(self, who: str, words: tuple[str, ...]) -> tuple[int, Any]:
-        done = self._start(who, words, stderr=subprocess.PIPE)
-        text, errors = done.communicate()
-        if done.returncode not in (0, 1) or not text.strip():
-            raise CloisterError(f"`cloister {' '.join(words)}` failed: {errors[-300:]}", "run it by itself")
-        return done.returncode, json.loads(text)
-
-    def _finish(self, who: str, words: tuple[str, ...], *, stderr: int | None) -> Any:
-        done = self._start(who, words, stderr=stderr)
-        text, _ = done.communicate()
-        answer = json.loads(text)
-        if done.returncode != 0:
+        code, answer = self._command(who, words, stderr=None if sys.stderr.isatty() else subprocess.PIPE)
+        if code != 0:
             raise from_dict(answer)
         return answer
 
-    def _start(self, who: str, words: tuple[str, ...], *, stderr: int | None) -> subprocess.Popen[str]:
+    def _command(self, who: str, words: tuple[str, ...], stderr: int | None = subprocess.PIPE) -> tuple[int, Any]:
         shown = " ".join(words).replace(str(self.home), "HOME").replace(f"{Path.cwd()}/", "")
         output.say(f"  {_dim('$')} cloister {shown} {_dim(f'--as {who}')}")
         command = [sys.executable, "-m", "cloister.cli", *words, "--json"]
         environment = os.environ | {"CLOISTER_HOME": str(self.home), "CLOISTER_AS": who}
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True, check=False)
+        if done.returncode not in (0, 1) or not done.stdout.strip():
+            said = (done.stderr or "")[-300:]
+            raise CloisterError(f"`cloister {' '.join(words)}` failed: {said}", "run it by itself")
+        return done.returncode, json.loads(done.stdout)
 
     def start_baseline(self) -> None:
         """The non-private model, trained beside the story on the example's public rows."""

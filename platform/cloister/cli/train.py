@@ -15,11 +15,11 @@ from cloister.cli.context import NAME, Context, authority_address, common
 from cloister.errors import NotFoundError, UnavailableError, from_dict
 from cloister.process import Daemon
 from cloister.stores.home import Home
+from cloister.training.run import ENDED, RunFolder
 
 POLL_S = 0.4
 LINE_S = 2.0
 CLUSTER_TIMEOUT_S = 90.0
-ENDED = frozenset({"finished", "failed", "stopped"})
 
 
 @click.group()
@@ -100,8 +100,6 @@ def submit(context: Context, spec: Path, jobs: Path | None, hold: bool, follow: 
 
 def _start(context: Context, shown: dict[str, Any], jobs: Path, run_key: bytes, *, hold: bool) -> Daemon:
     """Write the run's folder and start its supervisor."""
-    from cloister.training.run import RunFolder
-
     url, ca = authority_address(context.home)
     resources = shown["spec"]["resources"]
     folder = RunFolder(
@@ -198,7 +196,6 @@ def _follow(context: Context, run: str) -> dict[str, Any]:
 def settle_orphan(home: Home, run: str) -> bool:
     """End a run of this machine whose supervisor died without a word, so that its ledger settles. True if it did."""
     from cloister.process import describe
-    from cloister.training.run import RunFolder
 
     directory = home.runs / run
     if not (directory / "run.json").exists() or Daemon(directory / "driver").process() is not None:

@@ -22,7 +22,7 @@ from cloister.cluster import ray_cluster
 from cloister.errors import CloisterError, UnavailableError
 from cloister.process import Daemon, describe, no_core_dumps
 from cloister.stores.home import HOME_VARIABLE
-from cloister.training.run import RunFolder
+from cloister.training.run import ENDED, RunFolder
 
 POLL_S = 0.3
 FAREWELL_S = 5.0  # for whoever follows the job with `ray job submit`, to read that it is over
@@ -34,7 +34,6 @@ JOB_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how soon the end of a worker is noticed
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody preempts a cluster that lives for one run
 }
-_ENDED = {"finished", "failed", "stopped"}
 
 
 def run_job(folder_path: Path, jobs: Path) -> int:
@@ -132,7 +131,7 @@ def _follow(jobs: JobSubmissionClient, job: str | None, folder: RunFolder) -> No
                 if status != JobStatus.SUCCEEDED:
                     raise UnavailableError("the training job failed", f"cloister train status {folder.run}")
                 return
-        elif client.get(f"/v1/runs/{folder.run}")["state"] in _ENDED and _all_over(jobs):
+        elif client.get(f"/v1/runs/{folder.run}")["state"] in ENDED and _all_over(jobs):
             time.sleep(FAREWELL_S)
             return
         time.sleep(POLL_S)

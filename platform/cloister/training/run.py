@@ -10,6 +10,7 @@ from cloister.client.authority import AuthorityClient
 from cloister.errors import InputError, NotFoundError
 from cloister.stores.files import private_directory, read_json, write_atomic, write_json
 
+ENDED = frozenset({"finished", "failed", "stopped"})  # the states of a run that never change again
 _HINT = "submit the run again: cloister train submit SPEC"
 
 
