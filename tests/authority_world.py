@@ -6,10 +6,14 @@ What a test needs twice is here: people, a dataset, a run that is driven to a re
 
 from __future__ import annotations
 
+import base64
 import gzip
+import json
 import math
 import os
+import re
 import shutil
+import ssl
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,8 +26,8 @@ from sqlalchemy import func, select
 from starlette.testclient import TestClient
 
 from cloister.audit.event import Event
-from cloister.authority.api import create_app
-from cloister.authority.core import Caller
+from cloister.authority.api import PEER, create_app
+from cloister.authority.core import Caller, Node
 from cloister.authority.service import Authority
 from cloister.canonical import b64, sha256_hex
 from cloister.client.authority import AuthorityClient, TrainingLease
@@ -36,17 +40,22 @@ from cloister.sealing.stream import seal
 from cloister.signing import certificates, dsse, keys, tokens
 from cloister.signing.tokens import AUTHORITY_AUDIENCE, JWT_BEARER
 from cloister.stores.blobs import FolderBlobs
-from cloister.stores.database import log_entries, metadata
+from cloister.stores.database import Database
+from cloister.stores.tables import log_entries, metadata, pseudonyms
+from databases import Place
+from postgres import Server
 
 ADULT = Path(__file__).parents[1] / "jobs" / "examples" / "adult"
 ROWS, SHARDS = 400, 3
 URL = "https://127.0.0.1:8443"
+ADDRESS = "192.0.2.77"  # where all requests come from (RFC 5737: nobody's)
 CODE = "sha256:" + "c0de" * 16
 EPSILON, DELTA = 3.0, 1e-5
 STEPS = 10
 ROLES = {
     "operator": ["operator"], "olga": ["data-owner"], "otto": ["data-owner"], "ed": ["engineer"], "eve": ["engineer"],
     "rita": ["reviewer"], "rob": ["reviewer", "engineer"], "carl": ["consumer"], "ada": ["auditor"],
+    "sofia": ["security-officer"],
 }  # fmt: skip
 
 
@@ -111,24 +120,82 @@ class _Present:
         return getattr(getattr(_Present.authority, self._part), name)
 
 
-PARTS = ("identities", "datasets", "runs", "models", "endpoints", "log")
+PARTS = (
+    "identities", "sessions", "nodes", "approvals", "access", "policies", "datasets", "runs", "models", "endpoints",
+    "log",
+)  # fmt: skip
+NODE = "node-eu"
+PSEUDONYM = re.compile(rb"\b[ap]-[0-9a-f]{16}\b")
 APP = create_app(_Present())  # type: ignore[arg-type]  # it stands for one
 
 
 class World:
     """`people` by name; `http` speaks to the application; `still()` guards what must not change."""
 
-    def __init__(self, directory: Path, like: World | None = None) -> None:
-        """A new authority, or one over a copy of the directory of another: with the same people, whose tokens hold."""
+    def __init__(self, directory: Path, like: World | None = None, place: Place | None = None) -> None:
+        """A new authority, or one over the directory of another or a copy: with the same people, whose tokens hold."""
         self.clock = Clock()
-        self.authority = Authority(directory, url=URL, clock=self.clock)
-        self.http = TestClient(self._app, base_url=URL, raise_server_exceptions=False)
+        self.place = place or (like.place if like else Place.new(directory / "state.db", None))
+        self.authority = Authority(directory, url=URL, database=Database(**self.place.options), clock=self.clock)
+        self.http = TestClient(self._app, base_url=URL, raise_server_exceptions=False, client=(ADDRESS, 50_000))
         self.people = dict(like.people) if like else {name: Person(name, roles) for name, roles in ROLES.items()}
         self.tokens: dict[tuple[str, str], tuple[str, float]] = dict(like.tokens) if like else {}
+        self.peer: bytes | None = like.peer if like else None
+        """The certificate (DER) of the node that workloads speak from."""
+        self._shown: tuple[bytes | None] | None = None
+
+    def copy(self, directory: Path) -> World:
+        """Another, over a copy of everything."""
+        shutil.copytree(self.directory, directory, ignore=shutil.ignore_patterns("state.db*"))
+        return World(directory, self, self.place.copy(directory / "state.db"))
+
+    def reopen(self, **options: Any) -> None:
+        """Start the authority anew over the same state, with other options."""
+        self.authority.close()
+        self.authority = self.another(**options)
+
+    def another(self, **options: Any) -> Authority:
+        """A second authority over the same state."""
+        database = Database(**self.place.options)
+        return Authority(self.directory, url=URL, database=database, clock=self.clock, **options)
+
+    def close(self) -> None:
+        self.authority.close()
+        self.place.drop()
 
     async def _app(self, scope: Any, receive: Any, send: Any) -> None:
         _Present.authority = self.authority
-        await APP(scope, receive, send)
+        usual = self.peer if _of_a_workload(scope) else None
+        await APP({**scope, PEER: self._shown[0] if self._shown else usual}, receive, send)
+
+    @contextmanager
+    def over(self, certificate: bytes | None) -> Iterator[None]:
+        """Requests within come over mutual TLS with this client certificate (DER), or without any."""
+        before, self._shown = self._shown, (certificate,)
+        try:
+            yield
+        finally:
+            self._shown = before
+
+    def register_node(self, name: str = NODE, region: str = "eu") -> bytes:
+        """A node, and its certificate (DER)."""
+        node = Person(name, [])
+        self.people[name] = node
+        self.post("operator", "/v1/nodes", {"name": name, "public_key": node.public, "region": region})
+        return self.certificate_of(name)
+
+    def certificate_of(self, node: str) -> bytes:
+        """A new certificate (DER) of a node."""
+        csr = certificates.signing_request(certificates.new_private_key(), node).decode()
+        return ssl.PEM_cert_to_DER_cert(self.post(node, "/v1/nodes/certificate", {"csr": csr})["certificate"])
+
+    def register(self, name: str, roles: list[str], kind: str = "person") -> Person:
+        """Somebody new."""
+        person = self.people[name] = Person(name, roles)
+        self.post(
+            "operator", "/v1/identities", {"name": name, "kind": kind, "roles": roles, "public_key": person.public}
+        )
+        return person
 
     @property
     def directory(self) -> Path:
@@ -140,6 +207,7 @@ class World:
             if person.name != "operator":
                 body = {"name": person.name, "roles": person.roles, "public_key": person.public}
                 assert self.post("operator", "/v1/identities", body)["name"] == person.name
+        self.peer = self.register_node()
 
     # ---- speaking to it ----
 
@@ -197,7 +265,10 @@ class World:
         return client
 
     def caller(self, name: str) -> Caller:
-        return Caller(name=name, roles=frozenset(self.people[name].roles), source="test")
+        """Who a token of `name` speaks for, on the node of the world if it is a workload."""
+        kind: Any = next((role for role in self.people[name].roles if role in ("run", "endpoint")), "person")
+        node = None if kind == "person" else Node(name=NODE, region="eu", assurance=0)
+        return Caller(name=name, roles=frozenset(self.people[name].roles), kind=kind, source="test", node=node)
 
     # ---- what is there ----
 
@@ -210,7 +281,7 @@ class World:
 
     def content(self) -> dict[str, list[Any]]:
         """Every row of every table but the log's and the used assertions'."""
-        skipped = {"log_entries", "log_checkpoints", "used_assertions"}
+        skipped = {"log_entries", "log_head", "log_nodes", "used_assertions", "pseudonyms"}
         with self.authority.core.database.transaction() as connection:
             return {
                 name: sorted(map(repr, connection.execute(select(table)).all()))
@@ -218,10 +289,21 @@ class World:
                 if name not in skipped
             }
 
+    def entries(self) -> list[bytes]:
+        """The log as it is stored."""
+        with self.authority.core.database.reading() as connection:
+            query = select(log_entries.c.entry).order_by(log_entries.c["index"])
+            return [bytes(entry) for entry in connection.execute(query).scalars()]
+
     def log(self) -> list[Event]:
-        with self.authority.core.database.transaction() as connection:
-            rows = connection.execute(select(log_entries.c.entry).order_by(log_entries.c["index"])).scalars().all()
-        return [Event.from_bytes(row) for row in rows]
+        """The log with people by their names instead of their pseudonyms, where those are not shredded."""
+        with self.authority.core.database.reading() as connection:
+            rows = connection.execute(select(pseudonyms.c.pseudonym, pseudonyms.c.value)).all()
+        names = {row.pseudonym.encode(): row.value.encode() for row in rows}
+        return [
+            Event.from_bytes(PSEUDONYM.sub(lambda found: names.get(found[0], found[0]), entry))
+            for entry in self.entries()
+        ]
 
     @contextmanager
     def still(self, outcome: str | None = "failure", entries: int = 1) -> Iterator[None]:
@@ -252,14 +334,28 @@ class World:
         )  # fmt: skip
 
     def set_budget(self, epsilon: float = 10.0, delta: float = 1e-4, owner: str = "olga") -> None:
-        answer = self.ask(owner, "PUT", "/v1/datasets/adult/budget", {"epsilon": epsilon, "delta": delta})
+        self.agreed("sofia", owner, "PUT", "/v1/datasets/adult/budget", {"epsilon": epsilon, "delta": delta})
+
+    def agreed(self, voter: str, name: str, method: str, path: str, body: Any = None) -> Any:
+        """The answer to a request of `name` that may need an approval, which `voter` gives."""
+        answer = self.ask(name, method, path, body)
+        if answer.status_code == 403:
+            assert self.vote(voter, self.missing(answer)).status_code == 200
+            answer = self.ask(name, method, path, body)
         assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def missing(self, answer: Any) -> dict[str, Any]:
+        """The open request that a refusal for lack of approvals names."""
+        assert (answer.status_code, answer.json()["kind"]) == (403, "ApprovalMissingError"), answer.text
+        (named,) = re.findall(r"apr-[0-9a-f]{8}", answer.json()["hint"])
+        return next(dict(each) for each in self.get("ada", "/v1/approvals") if each["approval"] == named)
 
     def submit(self, author: str = "ed", **spec: Any) -> str:
         """A run, whose workload is one of `people` from now on."""
         workload = Person("new", ["run"])
         body = {"spec": training_spec(**spec), "code_digest": CODE, "public_key": workload.public}
-        workload.name = self.post(author, "/v1/runs", body)["run"]
+        workload.name = self.agreed("rita", author, "POST", "/v1/runs", body)["run"]
         self.people[workload.name] = workload
         return workload.name
 
@@ -300,14 +396,14 @@ class World:
         """The open request for a version, asked for if need be."""
         self.promote(version)
         wanted = f"adult@{version}"
-        return next(a for a in self.get("ed", "/v1/approvals") if a["model"] == wanted)
+        return next(a for a in self.get("ed", "/v1/approvals") if a["subject"] == wanted)
 
     def vote_body(self, name: str, request: Mapping[str, Any], *, key: Any = None, **changes: Any) -> dict[str, Any]:
         said = {
-            "approval": request["approval"], "person": name, "decision": "approve", "stage": "production",
-            "expires": int(request["expires"]), "provenance": request["provenance"],
+            "approval": request["approval"], "kind": request["kind"], "person": name, "decision": "approve",
+            "expires": int(request["expires"]), "details": request["details"],
         } | changes  # fmt: skip
-        statement = dsse.statement(request["model"], request["root_digest"], APPROVAL_PREDICATE, said)
+        statement = dsse.statement(request["subject"], request["digest"], APPROVAL_PREDICATE, said)
         return {"envelope": dsse.sign(statement, key or self.people[name].key)}
 
     def vote(self, name: str, request: Mapping[str, Any], **changes: Any) -> Any:
@@ -331,6 +427,18 @@ class World:
         return workload.name
 
 
+def _of_a_workload(scope: Any) -> bool:
+    """Whether a request's token says that it is a run's or an endpoint's: those run on nodes."""
+    token = dict(scope.get("headers", [])).get(b"authorization", b"").split(b".")
+    if len(token) != 3:
+        return False
+    try:
+        claims = json.loads(base64.urlsafe_b64decode(token[1] + b"=="))
+    except ValueError:
+        return False
+    return isinstance(claims, dict) and claims.get("kind") in ("run", "endpoint")
+
+
 def lease_body(rank: int = 0, code: str = CODE, key: bytes | None = None) -> dict[str, Any]:
     public = key if key is not None else OneTimeKey.generate().public
     return {"rank": rank, "public_key": b64(public), "code_digest": code}
@@ -340,15 +448,31 @@ def receiver() -> dict[str, str]:
     return {"public_key": b64(OneTimeKey.generate().public)}
 
 
+@pytest.fixture(scope="session", params=["sqlite", "postgres"])
+def world_server(request: pytest.FixtureRequest) -> Server | None:
+    """Where the worlds' databases are: each test in one runs on both."""
+    return request.getfixturevalue("postgres_server") if request.param == "postgres" else None
+
+
 @pytest.fixture(scope="session")
-def sealed_template(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """An authority with everybody registered and `adult@1` sealed, closed again."""
-    world = World(tmp_path_factory.mktemp("template") / "authority")
+def empty_template(world_server: Server | None, tmp_path_factory: pytest.TempPathFactory) -> World:
+    """An authority with everybody registered, closed again."""
+    directory = tmp_path_factory.mktemp("empty") / "authority"
+    directory.mkdir()
+    world = World(directory, place=Place.new(directory / "state.db", world_server))
     world.register_everybody()
-    world.seal()
-    world.set_budget()
     for name in ROLES:
         world.token(name)
+    world.authority.close()
+    return world
+
+
+@pytest.fixture(scope="session")
+def sealed_template(empty_template: World, tmp_path_factory: pytest.TempPathFactory) -> World:
+    """An authority with everybody registered and `adult@1` sealed, closed again."""
+    world = empty_template.copy(tmp_path_factory.mktemp("template") / "authority")
+    world.seal()
+    world.set_budget()
     world.authority.close()
     return world
 
@@ -356,37 +480,24 @@ def sealed_template(tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.fixture
 def world(sealed_template: World, tmp_path: Path) -> Iterator[World]:
     """A copy of the template: everybody registered, `adult@1` sealed, a budget of epsilon 10."""
-    shutil.copytree(sealed_template.directory, tmp_path / "authority")
-    world = World(tmp_path / "authority", sealed_template)
+    world = sealed_template.copy(tmp_path / "authority")
     yield world
-    world.authority.close()
-
-
-@pytest.fixture(scope="session")
-def empty_template(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """An authority with everybody registered, closed again."""
-    world = World(tmp_path_factory.mktemp("empty") / "authority")
-    world.register_everybody()
-    world.authority.close()
-    return world
+    world.close()
 
 
 @pytest.fixture
 def empty_world(empty_template: World, tmp_path: Path) -> Iterator[World]:
     """Everybody registered, nothing else."""
-    shutil.copytree(empty_template.directory, tmp_path / "authority")
-    world = World(tmp_path / "authority", empty_template)
+    world = empty_template.copy(tmp_path / "authority")
     yield world
-    world.authority.close()
+    world.close()
 
 
 @pytest.fixture(scope="module")
 def calm_world(sealed_template: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """As `world`, one for a whole file: for tests in which everything is refused, so that nothing may change."""
-    directory = tmp_path_factory.mktemp("calm") / "authority"
-    shutil.copytree(sealed_template.directory, directory)
-    world = World(directory, sealed_template)
+    world = sealed_template.copy(tmp_path_factory.mktemp("calm") / "authority")
     before = world.content()
     yield world
     assert world.content() == before
-    world.authority.close()
+    world.close()

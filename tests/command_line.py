@@ -14,13 +14,23 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 ADULT = ROOT / "jobs" / "examples" / "adult"
-PEOPLE = {"olga": "data-owner", "ed": "engineer", "rita": "reviewer", "carl": "consumer", "aud": "auditor"}
+PEOPLE = {
+    "olga": "data-owner", "ed": "engineer", "rita": "reviewer", "carl": "consumer", "aud": "auditor",
+    "sofia": "security-officer",
+}  # fmt: skip
 
 
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def readme_session(name: str) -> list[tuple[str, int]]:
+    """The commands of the README's blocks of that name, in order, each with the exit code that it must end with."""
+    blocks = re.findall(rf"```sh\n# {name}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = [line.partition("   #") for block in blocks for line in block.splitlines()]
+    return [(command.strip(), 1 if "refused" in comment else 0) for command, _, comment in lines]
 
 
 @dataclass
@@ -65,6 +75,11 @@ class CommandLine:
     def seal_adult(self) -> None:
         self.json("data", "seal", ADULT / "adult.csv.gz", "--schema", ADULT / "schema.yaml", who="olga")
         self.json("budget", "set", "adult", "--epsilon", "7", "--delta", "3e-5", who="olga")
+
+    def approve(self, who: str = "rita") -> None:
+        """Approve the one request that is open."""
+        (request,) = self.json("approvals", "list", who=who)
+        self.json("approve", request["approval"], who=who)
 
     def log_size(self) -> int:
         return int(self.json("audit", "search", "--limit", "1")[-1]["index"]) + 1

@@ -7,6 +7,10 @@ from collections.abc import Iterator
 import pytest
 
 from command_line import CommandLine
+from databases import place, postgres_place
+from postgres import postgres_server
+
+__all__ = ["line", "place", "postgres_place", "postgres_server"]
 
 
 @pytest.fixture(scope="module")

@@ -101,9 +101,11 @@ def provenance(root: str) -> dict[str, Any]:
     return statement(PROVENANCE_PREDICATE, root, {"author": ANA.name, "run": "run-1"})
 
 
-def approval(root: str, signer: Person, **changes: Any) -> dict[str, Any]:
-    said = {"approval": "apr-1", "person": signer.name, "stage": "production", "expires": int(NOW) + 3600,
-            "decision": "approve", "provenance": provenance_digest(provenance(root))}  # fmt: skip
+def approval(root: str, signer: Person, *, about: Mapping[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+    """`about` changes what is approved, `changes` the rest of the statement."""
+    details = {"model": f"{MODEL}@1", "stage": "production", "provenance": provenance_digest(provenance(root))}
+    said = {"approval": "apr-1", "kind": "promotion", "person": signer.name, "decision": "approve",
+            "expires": int(NOW) + 3600, "details": details | dict(about or {})}  # fmt: skip
     return statement(APPROVAL_PREDICATE, root, said | changes, signer.key)
 
 
@@ -152,6 +154,10 @@ class FakeAuthority:
         self.window_ends = window_ends
         self.used: dict[str, int] = {}
         self.asked: list[tuple[str, str, int]] = []
+        self.token_keys: dict[str, str] = {}
+        self.revoked: list[dict[str, Any]] = []
+        self.site = ""
+        self.serving = True
 
     def lease_model(self, endpoint_id: str) -> Lease:  # noqa: ARG002
         key, context = os.urandom(32), model_seal_context("run-1")
@@ -167,18 +173,29 @@ class FakeAuthority:
         self.used[subject] = self.used.get(subject, 0) + granted
         return granted, self.window_ends
 
+    def changes(self, endpoint_id: str, after: int, policy_version: int) -> dict[str, Any]:  # noqa: ARG002
+        version = int(bool(self.site))
+        return {
+            "sequence": len(self.revoked),
+            "revoked": self.revoked[after:],
+            "policy": None if version == policy_version else {"version": version, "text": self.site},
+            "token_keys": self.token_keys,
+            "serving": self.serving,
+        }
+
 
 def changed(release: Release, **changes: Any) -> Release:
     return replace(release, **changes)
 
 
 class TokenMaker:
-    """The authority's token key."""
+    """The authority's token key; `keys` as it publishes it."""
 
     def __init__(self) -> None:
         key = keys.generate_ed25519()
         self.private = keys.private_to_pem(key)
         self.public = keys.public_to_pem(key.public_key())
+        self.keys = {"k1": self.public.decode()}
 
     def token(self, subject: str = "dora", roles: Sequence[str] = ("consumer",), now: float = NOW, **extra: Any) -> str:
         arguments: dict[str, Any] = {"issuer": ISSUER, "audience": tokens.INFERENCE_AUDIENCE, "lifetime_s": 300}
@@ -194,7 +211,7 @@ def write_endpoint(path: Path, maker: TokenMaker, *, port: int = 0, **config: An
     facts = {"endpoint": "ep-1", "model": MODEL, "authority_url": ISSUER, "authority_ca": "ca.crt", "port": port}
     trust = {
         "release_key": keys.public_to_pem(RELEASE_KEY.public_key()).decode(), "required_approvals": 2,
-        "token_issuer": ISSUER, "token_keys": {"k1": maker.public.decode()},
+        "token_issuer": ISSUER, "token_keys": maker.keys,
     }  # fmt: skip
     files = {
         "endpoint.json": json.dumps(facts | config).encode(),
@@ -218,7 +235,8 @@ def connect_to_fake(endpoint: Endpoint) -> Backing:
     """For replicas in other processes: the release and its key come from a file beside the endpoint directory."""
     release = pickle.loads((endpoint.directory.parent / "release").read_bytes())  # noqa: S301  our own file
     authority = FakeAuthority(release, budget=10**9)
-    return Backing(authority=authority, authorizer=lambda _model: allow_all, clock=lambda: NOW)
+    authority.token_keys = endpoint.trust.token_keys
+    return Backing(authority=authority, authorizer=lambda _model, _site: allow_all, clock=lambda: NOW)
 
 
 def body(columns: Mapping[str, Sequence[object]] = GOOD_COLUMNS, **extra: Any) -> dict[str, Any]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 
 import pytest
 from nacl.signing import SigningKey
 
-from cloister.audit import checkpoint
+from cloister.audit import checkpoint, export
+from cloister.audit.cosignature import WitnessKey, cosign
 from cloister.audit.event import Event
 from cloister.audit.merkle import CompactTree
-from cloister.audit.verify import LogReport, verify_log
-from cloister.errors import IntegrityError
+from cloister.audit.verify import LogReport, Witnessed, verify_log
+from cloister.errors import InputError, IntegrityError
 
+WITNESS_KEY = SigningKey(b"\x07" * 32)
+WITNESS = WitnessKey("witness.example", bytes(WITNESS_KEY.verify_key))
 KEY = SigningKey(bytes(32))
 PUBLIC = bytes(KEY.verify_key)
 ORIGIN = "cloister.example/log"
@@ -135,6 +139,69 @@ def test_checkpoints_of_another_key_or_another_log_are_refused() -> None:
     for bad in (note_over(LOG, stranger), note_over(LOG, origin="other.example/log"), "", "junk"):
         refuse(LOG, [*NOTES, bad])
         refuse(LOG, trusted=bad)
+
+
+def test_a_log_that_no_witness_has_seen_is_told_from_one_that_it_has() -> None:
+    text = checkpoint.split(NOTES[3])[0]
+    seen = NOTES[3] + cosign(text, WITNESS_KEY, WITNESS.name, 1_795_339_800)
+    report = verify_log(iter(LOG), [*NOTES[:3], seen, NOTES[4]], PUBLIC, ORIGIN, witnesses=[WITNESS])
+    assert report.witnessed == (Witnessed("witness.example", 7, 1_795_339_800),)
+    with pytest.raises(IntegrityError, match="cosigned"):
+        verify_log(iter(LOG), NOTES, PUBLIC, ORIGIN, witnesses=[WITNESS])
+    stolen = NOTES[4] + seen.removeprefix(NOTES[3])  # the line of another checkpoint
+    with pytest.raises(IntegrityError, match="does not hold"):
+        verify_log(iter(LOG), [stolen], PUBLIC, ORIGIN, witnesses=[WITNESS])
+
+
+# ---- the same log as a file ----
+
+SHORT, SHORT_NOTES = LOG[:4], NOTES[1:3]
+EXPORT = export.Header(checkpoint.verifier_key_text(ORIGIN, PUBLIC), SHORT_NOTES).to_line() + b"".join(
+    one + b"\n" for one in SHORT
+)
+
+
+def check_file(data: bytes) -> LogReport:
+    header, entries = export.open_export(io.BytesIO(data))
+    if header.verifier_key != checkpoint.verifier_key_text(ORIGIN, PUBLIC):
+        raise IntegrityError("another log's key")  # as the command line finds
+    return export.verify_export(header, entries)
+
+
+def refuse_file(data: bytes) -> None:
+    with pytest.raises((IntegrityError, InputError)):
+        check_file(data)
+
+
+def test_an_honest_file_verifies() -> None:
+    assert check_file(EXPORT) == check(SHORT, SHORT_NOTES)
+    assert EXPORT.count(b"\n") == len(SHORT) + 1
+
+
+def test_every_flipped_bit_of_a_file_is_refused() -> None:
+    for bit in range(len(EXPORT) * 8):
+        changed = bytearray(EXPORT)
+        changed[bit // 8] ^= 1 << bit % 8
+        refuse_file(bytes(changed))
+
+
+def test_a_file_that_is_cut_anywhere_is_refused() -> None:
+    for size in range(len(EXPORT)):
+        refuse_file(EXPORT[:size])
+
+
+def test_lines_that_are_dropped_repeated_swapped_or_added_are_refused() -> None:
+    lines = EXPORT.splitlines(keepends=True)
+    for index in range(len(lines)):
+        refuse_file(b"".join(lines[:index] + lines[index + 1 :]))
+        refuse_file(b"".join([*lines[: index + 1], *lines[index:]]))
+        refuse_file(b"".join([*lines[:index], b"\n", *lines[index:]]))
+        if index:
+            refuse_file(b"".join([*lines[: index - 1], lines[index], lines[index - 1], *lines[index + 1 :]]))
+    refuse_file(EXPORT + b"\n")
+    refuse_file(EXPORT + b"x")
+    refuse_file(EXPORT[:-1] + b"x" * export.MAX_ENTRY_BYTES + b"\n")
+    refuse_file(EXPORT.replace(b"\n", b"\r\n"))
 
 
 def test_a_log_without_a_checkpoint_is_refused() -> None:

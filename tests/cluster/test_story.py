@@ -27,11 +27,12 @@ from cloister.datasets.manifest import DatasetManifest
 from cloister.errors import TokenExpiredError
 from cloister.process import Daemon
 from cloister.sealing.shard import open_table, shard_aad
-from cloister.signing import keys, tokens
+from cloister.signing import tokens
 from cloister.stores.blobs import FolderBlobs
-from cloister.stores.database import Database, data_keys
+from cloister.stores.database import Database
 from cloister.stores.keys import EmbeddedKeys
-from command_line import ADULT, ROOT, CommandLine, free_port
+from cloister.stores.tables import data_keys, token_keys
+from command_line import ADULT, ROOT, CommandLine, free_port, readme_session
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 SPEC = ADULT / "train.yaml"
@@ -84,12 +85,6 @@ def cluster_folders() -> set[Path]:
     return set(Path(f"/dev/shm/cloister-{os.getuid()}").glob("*"))  # noqa: S108  (where clusters live)
 
 
-def readme_session() -> list[str]:
-    """The commands of the README's session, in order."""
-    blocks = re.findall(r"```sh\n# session\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    return [line.split("   #")[0].strip() for block in blocks for line in block.splitlines()]
-
-
 class Story:
     """One trained, approved and served model: the README's session, as it stands there."""
 
@@ -104,19 +99,18 @@ class Story:
         (bin_folder / "cloister").chmod(0o755)
         self.environment = {"PATH": f"{bin_folder}:{os.environ['PATH']}", "HOME": str(line.home.parent)}
         self.environment["CLOISTER_HOME"] = str(line.home)
-        for command in readme_session():
+        for command, wanted in readme_session("session"):
             # Only what must differ: ports that are free here, the home, and the id that the list has shown.
             typed = command.replace("8471", str(port)).replace("~/.cloister", str(line.home))
             typed = typed.replace("serve deploy adult", f"serve deploy adult --port {port} --quota 20/60s")
             typed = typed.replace("infer adult", f"infer adult --url https://127.0.0.1:{port}")
             typed = typed.replace("cloister up", f"cloister up --port {free_port()}")
             if "APPROVAL" in typed:
-                typed = typed.replace("APPROVAL", re.search(r"apr-[0-9a-f]+", self.said["cloister approvals list"])[0])
+                typed = typed.replace("APPROVAL", re.findall(r"apr-[0-9a-f]+", self.said["cloister approvals list"])[0])
                 line.refused("approve", typed.split()[2], who="ed")  # the author, in between
             done = subprocess.run(
                 ["bash", "-c", typed], env=self.environment, capture_output=True, text=True, timeout=240, cwd=ROOT
             )
-            wanted = 1 if "promote" in command and "cloister approvals list" not in self.said else 0
             assert done.returncode == wanted, f"{typed}: {done.stdout}{done.stderr}"
             self.said[" ".join(command.split()[:3])] = done.stdout
         self.run = line.json("train", "list", who="ed")[0]["run"]
@@ -134,6 +128,14 @@ class Story:
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         with httpx.Client(verify=ssl.create_default_context(cafile=str(self.ca)), trust_env=False) as client:
             return client.post(f"{self.url}/v2/models/adult/infer", json={"inputs": tensors}, headers=headers)
+
+    def submit(self, spec: Path = SPEC, *more: str) -> dict[str, Any]:
+        """Ed's run, which the owner of the data approves first."""
+        assert "approvals" in self.line.refused("train", "submit", spec, who="ed")
+        requests = self.line.json("approvals", "list", who="olga")
+        mine = next(request for request in reversed(requests) if request["kind"] == "training")
+        self.line.json("approve", mine["approval"], who="olga")
+        return dict(self.line.json("train", "submit", spec, *more, who="ed", timeout_s=180))
 
     def token(self, who: str) -> str:
         return str(self.line.json("token", who=who)["access_token"])
@@ -201,6 +203,15 @@ class Leaks:
 
     def _search(self, content: bytes, place: str) -> None:
         self.found |= {f"{name} in {place}" for name, needle in self._needles.items() if needle in content}
+
+
+def signing_key(story: Story) -> tuple[bytes, str]:
+    """The private key (PEM) that signs access tokens now, and its id."""
+    database = Database(story.line.home / "authority" / "state.db")
+    with database.reading() as connection:
+        row = connection.execute(token_keys.select().where(token_keys.c.retired.is_(None))).one()
+    database.close()
+    return EmbeddedKeys(story.line.home / "authority" / "keys").secret(row.secret), row.key_id
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +285,7 @@ def test_no_row_key_or_token_is_in_any_log_or_record(story: Story) -> None:
     """Ray's own logs went with the cluster: what stays on disk is looked through here, the job's output too."""
     secrets = EmbeddedKeys(story.line.home / "authority" / "keys")
     needles = [
-        secrets.secret("tokens"),
+        signing_key(story)[0],
         secrets.secret("release"),
         (story.line.home / "identities" / "ed.key").read_bytes(),
     ]
@@ -290,10 +301,11 @@ def test_no_row_key_or_token_is_in_any_log_or_record(story: Story) -> None:
 def test_every_step_left_an_entry(story: Story) -> None:
     entries = story.line.json("audit", "search", "--limit", "1000")
     actions = {(entry["action"], entry["outcome"]) for entry in entries}
-    for action in ("identity:register", "dataset:seal", "budget:set", "train:submit", "run:work", "model:approve",
-                   "model:promote", "endpoint:deploy", "endpoint:work", "token:issue"):  # fmt: skip
+    for action in ("identity:register", "dataset:seal", "budget:set", "train:submit", "run:lease", "run:work",
+                   "approval:vote", "model:promote", "endpoint:deploy", "endpoint:lease", "endpoint:work",
+                   "node:register", "node:certify", "token:issue"):  # fmt: skip
         assert (action, "success") in actions
-    for action in ("model:promote", "model:approve"):
+    for action in ("train:submit", "model:promote", "approval:vote"):
         assert (action, "denied") in actions
 
 
@@ -315,12 +327,11 @@ def test_without_a_token_401_and_with_the_wrong_role_403(story: Story) -> None:
 
 
 def test_an_expired_token_is_refused_by_the_endpoint(story: Story, tmp_path: Path) -> None:
-    secrets = EmbeddedKeys(story.line.home / "authority" / "keys")
+    private, key_id = signing_key(story)
     issuer = json.loads((story.line.home / "client" / "authority.json").read_text())["url"]
-    public = keys.public_to_pem(keys.ed25519_from_pem(secrets.secret("tokens")).public_key())
     old = tokens.issue(
-        secrets.secret("tokens"), issuer=issuer, subject="carl", audience=tokens.INFERENCE_AUDIENCE, roles=["consumer"],
-        lifetime_s=60, now=time.time() - 120, key_id=keys.key_id(public),
+        private, issuer=issuer, subject="carl", audience=tokens.INFERENCE_AUDIENCE, roles=["consumer"],
+        lifetime_s=60, now=time.time() - 120, key_id=key_id,
     )  # fmt: skip
     with InferenceClient(story.url, old, story.ca) as client, pytest.raises(TokenExpiredError):
         client.infer("adult", ROWS)
@@ -331,6 +342,27 @@ def test_an_expired_token_is_refused_by_the_endpoint(story: Story, tmp_path: Pat
         "infer", "adult", rows, "--url", story.url, "--token-file", tmp_path / "token", who="carl"
     )
     assert "expired" in said
+
+
+def test_who_is_shut_out_or_loses_their_role_is_refused_by_the_replica_within_a_second(story: Story) -> None:
+    for name, *end in (("caro", "revoke", "caro"), ("cleo", "roles", "cleo", "--role", "auditor")):
+        story.line.json("identity", "add", name, "--role", "consumer")
+        token = story.token(name)
+        assert story.post(token).status_code == 200
+        story.line.json("identity", *end)  # the second begins when the authority has answered: before the command ends
+        deadline = time.monotonic() + 1
+        while (status := story.post(token).status_code) != 401 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert status == 401
+
+
+def test_a_new_signing_key_is_known_to_the_replica_and_the_old_tokens_live_on(story: Story) -> None:
+    story.line.json("identity", "add", "cora", "--role", "consumer")
+    before = story.token("cora")
+    story.line.json("key", "rotate", "--tokens")
+    time.sleep(1)
+    assert story.post(before).status_code == 200
+    assert story.post(story.token("cora")).status_code == 200
 
 
 def test_beyond_the_quota_429_says_when_to_come_back(story: Story) -> None:
@@ -395,7 +427,7 @@ def test_a_changed_shard_ends_the_run_and_costs_no_epsilon(story: Story) -> None
     whole = victim.read_bytes()
     victim.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
     try:
-        run = story.line.json("train", "submit", SPEC, who="ed")["run"]
+        run = story.submit()["run"]
         assert story.line.budget_left() == pytest.approx(before - 3)
         said = story.line.refused("train", "watch", run, who="ed", timeout_s=180)
     finally:
@@ -409,7 +441,7 @@ def test_a_changed_shard_ends_the_run_and_costs_no_epsilon(story: Story) -> None
 def test_rays_own_command_submits_the_job_and_nothing_leaks_while_it_runs(story: Story, tmp_path: Path) -> None:
     spec = tmp_path / "short.yaml"
     spec.write_text(SPEC.read_text().replace("epochs: 20", "epochs: 1").replace("epsilon: 3.0", "epsilon: 0.5"))
-    held = story.line.json("train", "submit", spec, "--hold", who="ed", timeout_s=180)
+    held = story.submit(spec, "--hold")
     command = ["job", "submit", "--working-dir", held["jobs"], "--", "python", "train.py", "--run", held["run"]]
     with (tmp_path / "output").open("wb") as output:
         job = subprocess.Popen(
@@ -437,7 +469,7 @@ def test_rays_own_command_submits_the_job_and_nothing_leaks_while_it_runs(story:
 
 def test_a_run_can_be_stopped_and_its_epsilon_is_free_again(story: Story) -> None:
     before = story.line.budget_left()
-    run = story.line.json("train", "submit", SPEC, who="ed")["run"]
+    run = story.submit()["run"]
     story.line.refused("train", "stop", run, who="rita")
     shown = story.line.json("train", "stop", run, who="ed")
     assert shown["state"] == "stopped"
@@ -447,7 +479,7 @@ def test_a_run_can_be_stopped_and_its_epsilon_is_free_again(story: Story) -> Non
 
 def test_a_killed_supervisor_takes_its_cluster_along_and_the_run_settles(story: Story) -> None:
     before, clusters = story.line.budget_left(), cluster_folders()
-    run = story.line.json("train", "submit", SPEC, who="ed")["run"]
+    run = story.submit()["run"]
     deadline = time.monotonic() + 30
     while cluster_folders() == clusters and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -465,7 +497,7 @@ def test_a_killed_supervisor_takes_its_cluster_along_and_the_run_settles(story: 
 def test_the_log_verifies_offline_and_down_leaves_nothing(story: Story, tmp_path: Path) -> None:
     """Last: it ends the world of this module."""
     line = story.line
-    line.json("audit", "export", tmp_path / "log.json")
+    line.json("audit", "export", tmp_path / "log.jsonl")
     line.json("data", "list", who="ed")  # leaves an entry that the export does not have
     bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"])
     try:
@@ -480,8 +512,8 @@ def test_the_log_verifies_offline_and_down_leaves_nothing(story: Story, tmp_path
     finally:
         bystander.kill()
         bystander.wait()
-    report = line.json("audit", "verify", tmp_path / "log.json")
+    report = line.json("audit", "verify", tmp_path / "log.jsonl")
     assert report["entries"] > 50
     assert line.json("audit", "verify")["entries"] > report["entries"], "this machine's own log has grown since"
-    said = line.refused("audit", "verify", tmp_path / "log.json")
+    said = line.refused("audit", "verify", tmp_path / "log.jsonl")
     assert "rollback" in said

@@ -83,7 +83,11 @@ def test_every_entry_and_every_earlier_log_is_proven(entries: list[bytes], data:
         tree.append(entry)
     assert tree.root() == root_of(leaves)
     index = data.draw(st.integers(0, len(leaves) - 1))
-    verify_inclusion(leaves[index], index, len(leaves), inclusion_proof(leaves, index), tree.root())
+
+    def node(height: int, index: int) -> bytes:
+        return root_of(leaves[index << height : (index + 1) << height])
+
+    verify_inclusion(leaves[index], index, len(leaves), inclusion_proof(index, len(leaves), node), tree.root())
     earlier = data.draw(st.integers(1, len(leaves)))
-    proof = consistency_proof(leaves, earlier)
+    proof = consistency_proof(earlier, len(leaves), node)
     verify_consistency(earlier, len(leaves), root_of(leaves[:earlier]), tree.root(), proof)

@@ -1,5 +1,5 @@
 """Fixtures that several test files of this folder share."""
 
-from authority_world import calm_world, empty_template, empty_world, sealed_template, world
+from authority_world import calm_world, empty_template, empty_world, sealed_template, world, world_server
 
-__all__ = ["calm_world", "empty_template", "empty_world", "sealed_template", "world"]
+__all__ = ["calm_world", "empty_template", "empty_world", "sealed_template", "world", "world_server"]

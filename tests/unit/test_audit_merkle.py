@@ -46,6 +46,25 @@ HASHES = [merkle.leaf_hash(bytes.fromhex(leaf)) for leaf in LEAVES]
 MANY = [merkle.leaf_hash(str(index).encode()) for index in range(40)]
 
 
+def nodes(leaves: list[bytes]) -> merkle.NodeHash:
+    """The naive hashes of perfect subtrees; there is none beyond the leaves."""
+
+    def node(height: int, index: int) -> bytes:
+        covered = leaves[index << height : (index + 1) << height]
+        assert len(covered) == 1 << height
+        return merkle.root_of(covered)
+
+    return node
+
+
+def inclusion_proof(leaves: list[bytes], index: int) -> list[bytes]:
+    return merkle.inclusion_proof(index, len(leaves), nodes(leaves))
+
+
+def consistency_proof(leaves: list[bytes], first: int) -> list[bytes]:
+    return merkle.consistency_proof(first, len(leaves), nodes(leaves))
+
+
 def test_the_empty_tree_has_the_root_of_the_specification() -> None:
     assert merkle.CompactTree().root().hex() == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
@@ -60,12 +79,12 @@ def test_the_roots_are_those_of_the_reference() -> None:
 
 @pytest.mark.parametrize(("place", "path"), PATHS.items())
 def test_the_audit_paths_are_those_of_the_reference(place: tuple[int, int], path: list[str]) -> None:
-    assert [node.hex() for node in merkle.inclusion_proof(HASHES[: place[1]], place[0])] == path
+    assert [node.hex() for node in inclusion_proof(HASHES[: place[1]], place[0])] == path
 
 
 @pytest.mark.parametrize(("sizes", "path"), CONSISTENCY.items())
 def test_the_consistency_proofs_are_those_of_the_reference(sizes: tuple[int, int], path: list[str]) -> None:
-    assert [node.hex() for node in merkle.consistency_proof(HASHES[: sizes[1]], sizes[0])] == path
+    assert [node.hex() for node in consistency_proof(HASHES[: sizes[1]], sizes[0])] == path
 
 
 def test_a_stored_tree_goes_on_where_it_stopped() -> None:
@@ -89,7 +108,7 @@ def test_every_inclusion_proof_holds_and_no_changed_one_does() -> None:
     for size in range(1, 20):
         hashes, root = MANY[:size], merkle.root_of(MANY[:size])
         for index in range(size):
-            proof = merkle.inclusion_proof(hashes, index)
+            proof = inclusion_proof(hashes, index)
             merkle.verify_inclusion(hashes[index], index, size, proof, root)
             wrong: list[tuple[bytes, int, int, list[bytes], bytes]] = [
                 (MANY[size], index, size, proof, root),
@@ -115,7 +134,7 @@ def test_every_consistency_proof_holds_and_no_changed_one_does() -> None:
     roots = [merkle.root_of(MANY[:size]) for size in range(20)]
     for second in range(20):
         for first in range(second + 1):
-            proof = merkle.consistency_proof(MANY[:second], first)
+            proof = consistency_proof(MANY[:second], first)
             merkle.verify_consistency(first, second, roots[first], roots[second], proof)
             wrong: list[tuple[int, int, bytes, bytes, list[bytes]]] = [
                 (first, second, MANY[30], roots[second], proof),
@@ -137,11 +156,11 @@ def test_every_consistency_proof_holds_and_no_changed_one_does() -> None:
 
 def test_a_proof_for_one_size_does_not_pass_for_a_larger_one() -> None:
     roots = {size: merkle.root_of(MANY[:size]) for size in (4, 8)}
-    proof = merkle.consistency_proof(MANY[:8], 4)
+    proof = consistency_proof(MANY[:8], 4)
     merkle.verify_consistency(4, 8, roots[4], roots[8], proof)
     with pytest.raises(IntegrityError):
         merkle.verify_consistency(4, 16, roots[4], roots[8], proof)
-    path = merkle.inclusion_proof(MANY[:8], 0)
+    path = inclusion_proof(MANY[:8], 0)
     with pytest.raises(IntegrityError):
         merkle.verify_inclusion(MANY[0], 0, 16, path, roots[8])
 
@@ -154,7 +173,24 @@ def test_a_node_does_not_pass_for_a_leaf() -> None:
 def test_there_is_no_proof_of_what_is_not_there() -> None:
     for index in (-1, 8):
         with pytest.raises(InputError):
-            merkle.inclusion_proof(HASHES, index)
+            inclusion_proof(HASHES, index)
     for size in (-1, 9):
         with pytest.raises(InputError):
-            merkle.consistency_proof(HASHES, size)
+            consistency_proof(HASHES, size)
+
+
+def test_the_root_of_every_beginning_comes_from_perfect_subtrees() -> None:
+    for size in range(len(MANY) + 1):
+        assert merkle.root_from(size, nodes(MANY)) == merkle.root_of(MANY[:size])
+
+
+def test_each_perfect_subtree_is_told_of_once_when_it_is_complete() -> None:
+    told: dict[tuple[int, int], bytes] = {}
+    tree = merkle.CompactTree()
+    for leaf in MANY:
+        before = len(told)
+        tree.append_hash(leaf, lambda height, index, value: told.update({(height, index): value}))
+        assert len(told) - before == (tree.size & -tree.size).bit_length() - 1
+    assert told == {
+        (height, index): nodes(MANY)(height, index) for height in range(1, 6) for index in range(len(MANY) >> height)
+    }

@@ -68,7 +68,7 @@ def test_a_certificate_is_issued_to_a_p256_request_only(released: World, key: An
 
 def test_a_lease_is_on_record_and_opens_the_production_model(released: World) -> None:
     endpoint = released.deploy()
-    with released.recorded(endpoint, "endpoint:work"):
+    with released.recorded(endpoint, "endpoint:lease"):
         lease = released.client(endpoint).lease_model(endpoint)
     assert len(lease.approvals) == 1
     assert released.log()[-1].details["model"] == "adult@1"

@@ -26,7 +26,7 @@ from cloister.serving.pipeline import Authorizer, Pipeline
 from cloister.serving.quota import RECHECK_S, Block, Quota
 from cloister.serving.release import verify_release
 from cloister.signing import keys
-from cloister.signing.tokens import INFERENCE_AUDIENCE, TokenVerifier
+from cloister.signing.tokens import INFERENCE_AUDIENCE, Claims, TokenVerifier
 from serving_world import (
     GOOD_COLUMNS,
     ISSUER,
@@ -81,8 +81,22 @@ class Source:
         return Block(granted=granted, window_ends=window_ends)
 
 
+class Live:
+    """`Liveness` that says what it is told to, and remembers whom it was asked about."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+        self.asked: list[Claims] = []
+
+    def require_live(self, claims: Claims) -> None:
+        self.asked.append(claims)
+        if self.error:
+            raise self.error
+
+
 class World:
     def __init__(self, *, budget: int = 10_000, block: int = 100, authorize: Authorizer = allow_all) -> None:
+        self.live = Live()
         self.clock = Clock()
         self.authority = FakeAuthority(signed_release(), budget)
         self.source = Source(self.authority)
@@ -90,6 +104,7 @@ class World:
         self.pipeline = Pipeline(
             VERIFIED,
             verifier=TokenVerifier({"k1": MAKER.public}, issuer=ISSUER, audience=INFERENCE_AUDIENCE),
+            liveness=self.live,
             authorize=authorize,
             quota=self.quota,
             decimals=2,
@@ -144,6 +159,17 @@ class TestIdentity:
             with pytest.raises(AuthenticationError):
                 ask(World(), token=token)
 
+    @pytest.mark.parametrize("error", [AuthenticationError("revoked"), UnavailableError("who knows")])
+    def test_a_token_that_may_have_ended_asks_no_policy_and_costs_nothing(self, error: Exception) -> None:
+        world = World(authorize=lambda *_: fail(AssertionError("the policy was asked")))
+        world.live.error = error
+        with pytest.raises(type(error)):
+            ask(world)
+        with pytest.raises(type(error)):  # nor does it learn which models exist
+            ask(world, model="no-such-model")
+        assert [claims.subject for claims in world.live.asked] == ["dora", "dora"]
+        assert world.authority.used == {}
+
     def test_strangers_do_not_learn_which_models_exist(self) -> None:
         with pytest.raises(AuthenticationError):
             World().pipeline.admit(None, "no-such-model")
@@ -164,7 +190,7 @@ class TestIdentity:
         assert world.authority.used == {}
 
     def test_the_shipped_policy_lets_consumers_ask_and_nobody_else(self) -> None:
-        world = World(authorize=cedar_authorizer(VERIFIED))
+        world = World(authorize=cedar_authorizer(VERIFIED, ""))
         assert ask(world)["outputs"]
         for roles in ([], ["engineer"], ["operator", "reviewer"], ["consumer", "endpoint"]):
             with pytest.raises(PermissionDeniedError):

@@ -196,12 +196,17 @@ class TestApprovals:  # step 4
             {"expires": True},
             {"decision": "deny"},
             {"decision": None},
-            {"stage": "staging"},
+            {"about": {"stage": "staging"}},
+            {"about": {"stage": None}},
+            {"kind": "training"},
+            {"kind": None},
+            {"details": None},
+            {"details": ["production"]},
             {"person": "ben"},
             {"person": "ana"},
             {"person": None},
-            {"provenance": "0" * 64},
-            {"provenance": None},
+            {"about": {"provenance": "0" * 64}},
+            {"about": {"provenance": None}},
         ],
     )
     def test_expired_or_saying_something_else(self, fault: dict[str, Any]) -> None:
@@ -213,7 +218,7 @@ class TestApprovals:  # step 4
             verify(changed(GOOD, approvals=[approval(ROOT, BEN), approval(OTHER_ROOT, CY)]))
 
     def test_of_another_kind(self) -> None:
-        said = {"person": "cy", "stage": "production", "expires": int(NOW) + 9, "decision": "approve"}
+        said = dsse.strict_json(dsse.unb64(approval(ROOT, CY)["payload"]))["predicate"]
         with pytest.raises(ApprovalMissingError):
             verify(changed(GOOD, approvals=[approval(ROOT, BEN), statement(PROVENANCE_PREDICATE, ROOT, said, CY.key)]))
 
@@ -222,7 +227,7 @@ class TestApprovals:  # step 4
             verify(changed(GOOD, approvals=[approval(ROOT, BEN), approval(ROOT, Person("eve"))]))
 
     def test_by_the_release_key_in_an_approvers_name(self) -> None:
-        said = {"person": "cy", "stage": "production", "expires": int(NOW) + 9, "decision": "approve"}
+        said = dsse.strict_json(dsse.unb64(approval(ROOT, CY)["payload"]))["predicate"]
         forged = statement(APPROVAL_PREDICATE, ROOT, said)
         with pytest.raises(ApprovalMissingError):
             verify(changed(GOOD, approvals=[approval(ROOT, BEN), forged]))

@@ -57,6 +57,7 @@ class Served:
 
     def __init__(self, folder: Path, authority: FakeAuthority) -> None:
         self.authority = authority
+        authority.token_keys = MAKER.keys
         self.directory = write_endpoint(folder / "endpoint", MAKER)
         self.replica = Replica(str(self.directory), self.connect)
         self.url = f"https://127.0.0.1:{self.replica.port}"
@@ -307,7 +308,7 @@ class TestStart:
     """A replica that cannot verify opens no port."""
 
     def start(self, folder: Path, authority: FakeAuthority, **config: Any) -> Replica:
-        def authorizer(_: VerifiedModel) -> Authorizer:
+        def authorizer(_: VerifiedModel, _site: str) -> Authorizer:
             return allow_all
 
         def connect(_: Endpoint) -> Backing:

@@ -53,7 +53,7 @@ def part(value: Any) -> str:
 def forged(header: dict[str, Any] | None = None, claims: dict[str, Any] | None = None, drop: str = "") -> str:
     """A token that is signed by the right key whatever it says: only the rule under test can refuse it."""
     base = {"iss": ISSUER, "sub": "ana", "aud": AUDIENCE, "client_id": "ana", "roles": ["client"],
-            "iat": int(NOW), "exp": int(NOW) + 300, "jti": "j1"}  # fmt: skip
+            "kind": "person", "epoch": 0, "iat": int(NOW), "exp": int(NOW) + 300, "jti": "j1"}  # fmt: skip
     body = {name: value for name, value in (base | (claims or {})).items() if name != drop}
     top = {"alg": "Ed25519", "typ": "at+jwt", "kid": "k1"} | (header or {})
     signed = part({name: value for name, value in top.items() if name != drop}) + "." + part(body)
@@ -65,9 +65,11 @@ def forged(header: dict[str, Any] | None = None, claims: dict[str, Any] | None =
 def test_a_good_token_gives_its_claims() -> None:
     claims = check(good(token_id="t1", client_id="cli"))
     assert claims == tokens.Claims(
-        subject="ana", roles=frozenset({"client", "auditor"}), client_id="cli",
+        subject="ana", roles=frozenset({"client", "auditor"}), client_id="cli", kind="person", epoch=0, thumbprint=None,
         issued_at=int(NOW), expires_at=int(NOW) + 300, token_id="t1",
     )  # fmt: skip
+    bound = check(good(kind="run", epoch=7, thumbprint="x" * 43))
+    assert (bound.kind, bound.epoch, bound.thumbprint) == ("run", 7, "x" * 43)
     assert check(forged()).subject == "ana"  # the forger below is right in everything but the one fault
 
 
@@ -103,6 +105,7 @@ def test_expiry_is_sharp_and_has_its_own_error() -> None:
         forged(drop="typ"),
         forged(drop="kid"),
         *(forged(drop=name) for name in ("iss", "sub", "aud", "client_id", "roles", "iat", "exp", "jti")),
+        *(forged(drop=name) for name in ("kind", "epoch")),
         forged(claims={"iss": "https://attacker.test"}),
         forged(claims={"aud": "urn:cloister:authority"}),
         forged(claims={"aud": [AUDIENCE, "urn:other"]}),
@@ -111,6 +114,18 @@ def test_expiry_is_sharp_and_has_its_own_error() -> None:
         forged(claims={"sub": "x" * 257}),
         forged(claims={"roles": "client"}),
         forged(claims={"roles": ["client", 7]}),
+        forged(claims={"kind": ""}),
+        forged(claims={"kind": ["person"]}),
+        forged(claims={"epoch": -1}),
+        forged(claims={"epoch": "0"}),
+        forged(claims={"epoch": True}),
+        forged(claims={"epoch": 0.0}),
+        forged(claims={"cnf": {}}),
+        forged(claims={"cnf": "x" * 43}),
+        forged(claims={"cnf": {"x5t#S256": ""}}),
+        forged(claims={"cnf": {"x5t#S256": 7}}),
+        forged(claims={"cnf": {"jkt": "x" * 43}}),  # a binding that nobody here checks is not taken for none
+        forged(claims={"cnf": {"x5t#S256": "x" * 43, "jkt": "x" * 43}}),
         forged(claims={"exp": str(int(NOW) + 300)}),
         forged(claims={"exp": NOW + 300.5}),
         forged(claims={"exp": True}),
@@ -199,6 +214,23 @@ class TestVerifier:
         with pytest.raises(AuthenticationError):
             verifier.verify(token[:-10] + "A" * 10, NOW)
         assert len(verifier) == 1
+
+    def test_a_key_that_is_not_trusted_any_more_takes_its_remembered_tokens_along(self) -> None:
+        verifier = tokens.TokenVerifier(KEYS, issuer=ISSUER, audience=AUDIENCE)
+        private, public = pem_pair()
+        token = good()
+        remembered = verifier.verify(token, NOW)
+        verifier.trust(dict(KEYS))  # the same keys: nothing is forgotten
+        assert verifier.verify(token, NOW) is remembered
+        verifier.trust({"k1": PUBLIC, "k2": public})
+        assert verifier.verify(token, NOW) == remembered
+        verifier.trust({"k2": public})
+        with pytest.raises(AuthenticationError):
+            verifier.verify(token, NOW)
+        newer = tokens.issue(
+            private, issuer=ISSUER, subject="ana", audience=AUDIENCE, roles=[], lifetime_s=9, now=NOW, key_id="k2"
+        )
+        assert verifier.verify(newer, NOW).subject == "ana"
 
     def test_the_memory_is_bounded(self) -> None:
         verifier = tokens.TokenVerifier(KEYS, issuer=ISSUER, audience=AUDIENCE, max_tokens=3)

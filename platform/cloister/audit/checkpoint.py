@@ -20,6 +20,7 @@ from cloister.canonical import b64, unb64
 from cloister.errors import InputError, IntegrityError
 
 ED25519 = b"\x01"  # C2SP signed-note, "Signature types"
+COSIGNATURE = b"\x04"  # the same: timestamped Ed25519 witness cosignatures
 KEY_ID_BYTES = 4
 KEY_BYTES = 32
 ROOT_BYTES = 32
@@ -48,13 +49,22 @@ class Checkpoint:
         return f"{self.origin}\n{self.size}\n{b64(self.root)}\n"
 
 
-def key_id(name: str, public: bytes) -> bytes:
-    """C2SP signed-note: the first 4 bytes of SHA-256(name ‖ LF ‖ 0x01 ‖ public key). A hint, never an identity."""
-    return hashlib.sha256(name.encode() + b"\n" + ED25519 + public).digest()[:KEY_ID_BYTES]
+@dataclass(frozen=True, slots=True)
+class SignatureLine:
+    """What a signature line of a note claims."""
+
+    name: str
+    key_id: bytes
+    signature: bytes
 
 
-def verifier_key_text(name: str, public: bytes) -> str:
-    """The verifier key as tlog tools take it: `name+hash+key`.
+def key_id(name: str, public: bytes, kind: bytes = ED25519) -> bytes:
+    """C2SP signed-note: the first 4 bytes of SHA-256(name ‖ LF ‖ kind ‖ public key). A hint, never an identity."""
+    return hashlib.sha256(name.encode() + b"\n" + kind + public).digest()[:KEY_ID_BYTES]
+
+
+def verifier_key_text(name: str, public: bytes, kind: bytes = ED25519) -> str:
+    """The verifier key as tlog tools take it: `name+hash+key`. Its `kind` is `ED25519`, or `COSIGNATURE` of a witness.
 
     Raises:
         InputError: a name with a space or a plus sign, or a key that is not 32 bytes.
@@ -62,20 +72,21 @@ def verifier_key_text(name: str, public: bytes) -> str:
     _check_name(name)
     if len(public) != KEY_BYTES:
         raise InputError("an Ed25519 public key has 32 bytes", "pass bytes(signing_key.verify_key)")
-    return f"{name}+{key_id(name, public).hex()}+{b64(ED25519 + public)}"
+    return f"{name}+{key_id(name, public, kind).hex()}+{b64(kind + public)}"
 
 
-def parse_verifier_key(text: str) -> tuple[str, bytes]:
+def parse_verifier_key(text: str, kind: bytes = ED25519) -> tuple[str, bytes]:
     """The name and the public key in a verifier key.
 
     Raises:
-        InputError: not an Ed25519 verifier key.
+        InputError: not an Ed25519 verifier key of this kind.
     """
     name, _, rest = text.strip().partition("+")
     _, _, encoded = rest.partition("+")
     key = unb64(encoded)[1:]
-    if len(key) != KEY_BYTES or verifier_key_text(name, key) != text.strip():
-        raise InputError("this is not an Ed25519 verifier key", "it reads name+hash+key, in one line")
+    if len(key) != KEY_BYTES or verifier_key_text(name, key, kind) != text.strip():
+        what = "a log's" if kind == ED25519 else "a witness's"
+        raise InputError(f"this is not {what} Ed25519 verifier key", "it reads name+hash+key, in one line")
     return name, key
 
 
@@ -88,7 +99,12 @@ def sign(checkpoint: Checkpoint, signing_key: SigningKey, name: str) -> str:
     _check_name(name)
     text = checkpoint.to_text()
     signature = signing_key.sign(text.encode()).signature
-    return f"{text}\n{_SIGNATURE_PREFIX}{name} {b64(key_id(name, bytes(signing_key.verify_key)) + signature)}\n"
+    return f"{text}\n{signature_line(name, key_id(name, bytes(signing_key.verify_key)), signature)}"
+
+
+def signature_line(name: str, hint: bytes, signature: bytes) -> str:
+    """One line of a signed note: an em dash, the key's name, and the base64 of key id and signature."""
+    return f"{_SIGNATURE_PREFIX}{name} {b64(hint + signature)}\n"
 
 
 def verify(note: str, verify_key: bytes, origin: str) -> Checkpoint:
@@ -100,13 +116,9 @@ def verify(note: str, verify_key: bytes, origin: str) -> Checkpoint:
     """
     if len(verify_key) != KEY_BYTES:
         raise InputError("an Ed25519 public key has 32 bytes", "pass bytes(signing_key.verify_key)")
-    text, separator, signatures = note.rpartition("\n\n")
-    lines = signatures.split("\n")
-    if not separator or lines.pop() != "" or not 0 < len(lines) <= MAX_SIGNATURES:
-        raise _refused("this is not a signed checkpoint")
-    text += "\n"
+    text, lines = split(note)
     # A signature of this very key that does not hold spoils the note, even beside one that does (C2SP signed-note).
-    ours = [signature for signature in (_signature(line, verify_key) for line in lines) if signature is not None]
+    ours = [line.signature for line in lines if line.key_id == key_id(line.name, verify_key)]
     if not ours:
         raise _refused("the checkpoint is not signed by the expected key")
     try:
@@ -114,13 +126,31 @@ def verify(note: str, verify_key: bytes, origin: str) -> Checkpoint:
             VerifyKey(verify_key).verify(text.encode(), signature)
     except (BadSignatureError, ValueError):
         raise _refused("the checkpoint's signature does not hold") from None
-    checkpoint = _parse(text)
+    checkpoint = parse(text)
     if checkpoint.origin != origin:
         raise _refused("the checkpoint belongs to another log")
     return checkpoint
 
 
-def _parse(text: str) -> Checkpoint:
+def split(note: str) -> tuple[str, list[SignatureLine]]:
+    """The text of a signed note, and its signature lines, none of which is verified yet.
+
+    Raises:
+        IntegrityError: not a signed note.
+    """
+    text, separator, signatures = note.rpartition("\n\n")
+    lines = signatures.split("\n")
+    if not separator or lines.pop() != "" or not 0 < len(lines) <= MAX_SIGNATURES:
+        raise _refused("this is not a signed checkpoint")
+    return text + "\n", [_signature(line) for line in lines]
+
+
+def parse(text: str) -> Checkpoint:
+    """The checkpoint that the text of a note states. Nothing about it is verified.
+
+    Raises:
+        IntegrityError: not the text of a checkpoint.
+    """
     lines = text.split("\n")
     if len(lines) != 4 or lines[3] or not _ORIGIN.fullmatch(lines[0]) or not _SIZE.fullmatch(lines[1]):
         raise _refused("the signed text is not a checkpoint")
@@ -133,8 +163,7 @@ def _parse(text: str) -> Checkpoint:
     return checkpoint
 
 
-def _signature(line: str, verify_key: bytes) -> bytes | None:
-    """The signature in `line` if the line claims to be by `verify_key`; None if it is somebody else's."""
+def _signature(line: str) -> SignatureLine:
     name, _, encoded = line.removeprefix(_SIGNATURE_PREFIX).rpartition(" ")
     if not line.startswith(_SIGNATURE_PREFIX) or not _NAME.fullmatch(name):
         raise _refused("the checkpoint has a malformed signature line")
@@ -144,7 +173,7 @@ def _signature(line: str, verify_key: bytes) -> bytes | None:
         blob = b""
     if b64(blob) != encoded or len(blob) <= KEY_ID_BYTES:
         raise _refused("the checkpoint has a malformed signature line")
-    return blob[KEY_ID_BYTES:] if blob[:KEY_ID_BYTES] == key_id(name, verify_key) else None
+    return SignatureLine(name, blob[:KEY_ID_BYTES], blob[KEY_ID_BYTES:])
 
 
 def _check_name(name: str) -> None:

@@ -9,12 +9,16 @@ Does not guarantee: that the root is the one that other people saw. Checkpoints,
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from cloister.errors import InputError, IntegrityError
 
 HASH_BYTES = 32
 EMPTY_ROOT = hashlib.sha256(b"").digest()  # RFC 6962, section 2.1: MTH({}) = SHA-256()
+
+# The root of a perfect subtree: (height, index) covers the leaves index * 2**height up to (index + 1) * 2**height.
+Node = tuple[int, int]
+NodeHash = Callable[[int, int], bytes]
 
 
 def leaf_hash(entry: bytes) -> bytes:
@@ -48,14 +52,19 @@ class CompactTree:
         """Add an entry; return its index, counted from 0."""
         return self.append_hash(leaf_hash(entry))
 
-    def append_hash(self, leaf: bytes) -> int:
-        """Add an entry of which only the leaf hash is known; return its index."""
+    def append_hash(self, leaf: bytes, completed: Callable[[int, int, bytes], None] | None = None) -> int:
+        """Add an entry of which only the leaf hash is known; return its index.
+
+        `completed(height, index, hash)` is called for each subtree above the leaf that this entry makes perfect.
+        """
         if len(leaf) != HASH_BYTES:
             raise InputError("a leaf hash has 32 bytes", "make it with leaf_hash(entry)")
-        node, index = leaf, self._size
-        for _ in range(_trailing_ones(index)):
-            node = node_hash(self._peaks.pop(), node)
-        self._peaks.append(node)
+        node, index, peaks = leaf, self._size, self._peaks
+        for height in range(1, _trailing_ones(index) + 1):
+            node = node_hash(peaks.pop(), node)
+            if completed is not None:
+                completed(height, index >> height, node)
+        peaks.append(node)
         self._size += 1
         return index
 
@@ -66,6 +75,10 @@ class CompactTree:
         for peak in reversed(self._peaks[:-1]):
             node = node_hash(peak, node)
         return node
+
+    def nodes(self) -> dict[Node, bytes]:
+        """The perfect subtrees that make up the tree, with their hashes."""
+        return dict(zip(_perfect(0, self._size), self._peaks, strict=True))
 
     def to_hex(self) -> list[str]:
         return [peak.hex() for peak in self._peaks]
@@ -91,21 +104,39 @@ def root_of(leaf_hashes: Iterable[bytes]) -> bytes:
     return tree.root()
 
 
-def inclusion_proof(leaf_hashes: Sequence[bytes], index: int) -> list[bytes]:
-    """RFC 6962, section 2.1.1: that entry `index` is in the tree with these leaf hashes.
+def perfect_root(hashes: Sequence[bytes]) -> bytes:
+    """The root of as many leaves, or of nodes of one height, as a power of two."""
+    while len(hashes) > 1:
+        hashes = [node_hash(left, right) for left, right in zip(hashes[::2], hashes[1::2], strict=True)]
+    return hashes[0]
+
+
+def root_from(size: int, node: NodeHash) -> bytes:
+    """The root of the first `size` leaves, from the hashes of O(log n) perfect subtrees."""
+    return _fold(_perfect(0, size), node)
+
+
+def inclusion_proof(index: int, size: int, node: NodeHash) -> list[bytes]:
+    """RFC 6962, section 2.1.1: that entry `index` is in the tree of the first `size` leaves.
+
+    `node(height, index)` is asked for the hashes of O(log n) perfect subtrees.
 
     Raises:
         InputError: there is no such entry.
     """
-    if not 0 <= index < len(leaf_hashes):
+    if not 0 <= index < size:
         raise InputError("the log has no entry with that index", "indexes run from 0 to size - 1")
-    if len(leaf_hashes) == 1:
-        return []
-    split = _split(len(leaf_hashes))
-    left, right = leaf_hashes[:split], leaf_hashes[split:]
-    if index < split:
-        return [*inclusion_proof(left, index), root_of(right)]
-    return [*inclusion_proof(right, index - split), root_of(left)]
+    siblings: list[list[Node]] = []
+    start, stop = 0, size
+    while stop - start > 1:
+        middle = start + _split(stop - start)
+        if index < middle:
+            siblings.append(_perfect(middle, stop))
+            stop = middle
+        else:
+            siblings.append(_perfect(start, middle))
+            start = middle
+    return [_fold(nodes, node) for nodes in reversed(siblings)]
 
 
 def verify_inclusion(leaf: bytes, index: int, size: int, proof: Sequence[bytes], root: bytes) -> None:
@@ -132,17 +163,31 @@ def verify_inclusion(leaf: bytes, index: int, size: int, proof: Sequence[bytes],
         raise refused
 
 
-def consistency_proof(leaf_hashes: Sequence[bytes], first_size: int) -> list[bytes]:
-    """RFC 6962, section 2.1.2: that the tree of the first `first_size` leaves is a prefix of this one.
+def consistency_proof(first_size: int, second_size: int, node: NodeHash) -> list[bytes]:
+    """RFC 6962, section 2.1.2: that the tree of the first `first_size` leaves is a prefix of that of `second_size`.
+
+    `node(height, index)` is asked for the hashes of O(log n) perfect subtrees.
 
     Raises:
         InputError: the tree never had that size.
     """
-    if not 0 <= first_size <= len(leaf_hashes):
+    if not 0 <= first_size <= second_size:
         raise InputError("the log never had that size", "sizes run from 0 to the current size")
-    if first_size in (0, len(leaf_hashes)):
+    if first_size in (0, second_size):
         return []
-    return _subproof(leaf_hashes, first_size, whole=True)
+    proof: list[list[Node]] = []
+    start, stop = 0, second_size
+    while first_size != stop:
+        middle = start + _split(stop - start)
+        if first_size <= middle:
+            proof.append(_perfect(middle, stop))
+            stop = middle
+        else:
+            proof.append(_perfect(start, middle))
+            start = middle
+    if start:  # the subtree is not the whole old tree, whose root the verifier has
+        proof.append(_perfect(start, stop))
+    return [_fold(nodes, node) for nodes in reversed(proof)]
 
 
 def verify_consistency(
@@ -183,14 +228,27 @@ def verify_consistency(
         raise refused
 
 
-def _subproof(leaf_hashes: Sequence[bytes], first_size: int, whole: bool) -> list[bytes]:
-    if first_size == len(leaf_hashes):
-        return [] if whole else [root_of(leaf_hashes)]
-    split = _split(len(leaf_hashes))
-    left, right = leaf_hashes[:split], leaf_hashes[split:]
-    if first_size <= split:
-        return [*_subproof(left, first_size, whole), root_of(right)]
-    return [*_subproof(right, first_size - split, whole=False), root_of(left)]
+def _perfect(start: int, stop: int) -> list[Node]:
+    """The perfect subtrees that make up the leaves from `start` to `stop`, the largest (leftmost) first.
+
+    `start` is a multiple of the largest power of two in `stop - start`, as every split of the tree has it.
+    """
+    nodes: list[Node] = []
+    while start < stop:
+        height = (stop - start).bit_length() - 1
+        nodes.append((height, start >> height))
+        start += 1 << height
+    return nodes
+
+
+def _fold(nodes: Sequence[Node], node: NodeHash) -> bytes:
+    """The root of adjacent perfect subtrees of falling size (RFC 6962, section 2.1, from the right)."""
+    if not nodes:
+        return EMPTY_ROOT
+    root = node(*nodes[-1])
+    for height, index in reversed(nodes[:-1]):
+        root = node_hash(node(height, index), root)
+    return root
 
 
 def _are_hashes(values: Iterable[bytes]) -> bool:

@@ -14,12 +14,22 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from cloister.audit import checkpoint
+from cloister.audit import checkpoint, cosignature
 from cloister.audit.checkpoint import Checkpoint
+from cloister.audit.cosignature import WitnessKey
 from cloister.audit.merkle import CompactTree
 from cloister.errors import IntegrityError
 
 _HINT = "keep a copy of the log and of both checkpoints, stop relying on it, and compare with a witness"
+
+
+@dataclass(frozen=True, slots=True)
+class Witnessed:
+    """The most that a witness has cosigned: `size` entries, at `timestamp` (Unix time, seconds)."""
+
+    witness: str
+    size: int
+    timestamp: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +39,7 @@ class LogReport:
     size: int
     root_hex: str
     checkpoints_checked: int
+    witnessed: tuple[Witnessed, ...] = ()
 
 
 def verify_log(
@@ -38,12 +49,14 @@ def verify_log(
     origin: str,
     *,
     trusted: str | None = None,
+    witnesses: Sequence[WitnessKey] = (),
 ) -> LogReport:
     """Check `entries`, in log order, against signed `notes`, oldest first; the last note covers every entry.
 
     1. Every note is signed by `verify_key`, is about `origin`, and is no smaller than the one before it.
     2. The entries are as many as the last note says.
     3. At the size of each note, and of the trusted one, the recomputed root equals the signed root.
+    4. Each of `witnesses` has cosigned one of the notes; no line that claims to be theirs is false.
 
     Raises:
         IntegrityError: one of these fails. The message says which, and `rollback` or `fork` where that is what it is.
@@ -59,6 +72,7 @@ def verify_log(
     if remembered is not None and remembered.size > final.size:
         raise IntegrityError(f"rollback: {remembered.size} entries were signed, now there are {final.size}", _HINT)
 
+    witnessed = tuple(_witnessed(key, notes, signed) for key in witnesses)  # 4.
     roots = _roots_at({known.size for known in [*signed, *([remembered] if remembered else [])]}, entries, final)
     # 3.
     if remembered is not None and roots[remembered.size] != remembered.root:
@@ -66,20 +80,33 @@ def verify_log(
     for known in signed:
         if roots[known.size] != known.root:
             raise IntegrityError(f"the first {known.size} entries do not match the checkpoint over them", _HINT)
-    return LogReport(size=final.size, root_hex=final.root.hex(), checkpoints_checked=len(signed))
+    return LogReport(size=final.size, root_hex=final.root.hex(), checkpoints_checked=len(signed), witnessed=witnessed)
+
+
+def _witnessed(key: WitnessKey, notes: Sequence[str], signed: Sequence[Checkpoint]) -> Witnessed:
+    found = [
+        Witnessed(one.witness, known.size, one.timestamp)
+        for note, known in zip(notes, signed, strict=True)
+        for one in cosignature.cosigned(note, [key])
+    ]
+    if not found:
+        raise IntegrityError(f"no checkpoint is cosigned by {key.name}", "ask that witness what it has seen")
+    return max(found, key=lambda one: (one.size, one.timestamp))
 
 
 def _roots_at(sizes: set[int], entries: Iterable[bytes], final: Checkpoint) -> dict[int, bytes]:
     """The recomputed root at each of `sizes`; reads the entries once."""
     tree = CompactTree()
     roots = {0: tree.root()}
+    size = 0
     for entry in entries:
-        if tree.size == final.size:
+        if size == final.size:
             raise IntegrityError(f"there are more entries than the {final.size} of the last checkpoint", _HINT)
         tree.append(entry)
-        if tree.size in sizes:
-            roots[tree.size] = tree.root()
+        size += 1
+        if size in sizes:
+            roots[size] = tree.root()
     # 2.
-    if tree.size != final.size:
-        raise IntegrityError(f"the log is cut: {final.size} entries were signed, {tree.size} are here", _HINT)
+    if size != final.size:
+        raise IntegrityError(f"the log is cut: {final.size} entries were signed, {size} are here", _HINT)
     return roots

@@ -11,43 +11,123 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Form, Request, Response
+from fastapi import Depends, FastAPI, Form, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 from starlette.exceptions import HTTPException
 
 from cloister.authority.core import Caller
+from cloister.authority.log import Filter
+from cloister.authority.nodes import MAX_ASSURANCE, Peer
 from cloister.authority.service import Authority
+from cloister.authority.sessions import TokenRequest
 from cloister.canonical import b64, unb64
 from cloister.errors import CloisterError, InputError, QuotaExceededError
+from cloister.privacy.spec import TrainingSpec
 from cloister.process import describe
-from cloister.signing.tokens import JWT_BEARER
+from cloister.signing.tokens import ALGORITHM, JWT_BEARER, TOKEN_EXCHANGE
 
 MAX_BODY_BYTES = 16 * 1024 * 1024
 MAX_PUBLIC_BODY_BYTES = 16 * 1024  # of callers who have shown nothing yet: an assertion is smaller
+MAX_COMMAS = 70_000  # in a body: 16 MiB of `[],[],…` would be gigabytes of objects; a site's policies fit
 _log = logging.getLogger("cloister.authority")
 
-PUBLIC = frozenset({"/v1/health", "/v1/info", "/v1/checkpoint", "/v1/token", "/v1/openapi.json"})
+PUBLIC = frozenset({
+    "/v1/health", "/v1/info", "/v1/checkpoint", "/v1/token", "/v1/revoke", "/v1/jwks.json", "/v1/openapi.json",
+    "/.well-known/oauth-authorization-server",
+})  # fmt: skip
+PEER = "cloister.peer"  # where the listener puts the client certificate (DER) into an ASGI scope
+
+
+def _parsed(spec: object) -> dict[str, Any]:
+    return TrainingSpec.parse(spec).to_dict()
+
 
 Name = Annotated[str, Field(min_length=1, max_length=63)]
 Version = Annotated[int, Field(ge=1, le=999_999_999)]
 Step = Annotated[int, Field(ge=0, le=1_000_000_000)]
+Text = Annotated[str, Field(min_length=1, max_length=300)]
 Pem = Annotated[str, Field(min_length=1, max_length=4096)]
 Base64 = Annotated[str, Field(max_length=8 * 1024 * 1024)]
+OneTimeKey = Annotated[str, Field(max_length=64)]  # base64 of an X25519 key
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 CodeDigest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+Sequence = Annotated[int, Field(ge=0, le=2**53)]
+Word = Annotated[str, Query(max_length=300)]
+Size = Annotated[int, Field(ge=0, le=2**53)]
+Budgeted = Annotated[float, Field(ge=-1e9, le=1e9, allow_inf_nan=False)]  # what a budget may be is told by `data.py`
+Planned = Annotated[dict[str, Any], PlainValidator(_parsed, json_schema_input_type=TrainingSpec)]
+ErrorName = Annotated[str, Field(max_length=40)]
+ErrorText = Annotated[str, Field(max_length=16 * 1024)]
 
 
 class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", str_max_length=8 * 1024 * 1024)
+    model_config = ConfigDict(extra="forbid", str_max_length=4096)
 
 
-class NewIdentity(Body):
-    name: Name
+class Refusal(BaseModel):
+    """Every answer that is not a success."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    error: str
+    hint: str
+    kind: str
+
+
+class Roles(Body):
     roles: Annotated[list[Name], Field(min_length=1, max_length=10)]
+
+
+class CosignedNote(Body):
+    note: Annotated[str, Field(min_length=1, max_length=64 * 1024)]
+
+
+class NewIdentity(Roles):
+    name: Name
+    kind: Name = "person"
+    public_key: Pem | None = None
+    issuer: Text | None = None
+    subject: Text | None = None
+
+
+class NewKey(Body):
     public_key: Pem
+
+
+class NewNode(Body):
+    name: Name
+    public_key: Pem
+    region: Name
+    assurance: int = Field(default=0, ge=0, le=MAX_ASSURANCE)
+
+
+class SigningRequest(Body):
+    csr: Pem
+
+
+class KeyRotation(Body):
+    compromised: bool = False
+
+
+class ElevatedAccess(Body):
+    role: Name
+    seconds: int = Field(ge=1, le=1_000_000)
+    reason: Annotated[str, Field(min_length=1, max_length=300)]
+
+
+class Policies(Body):
+    text: Annotated[str, Field(max_length=64 * 1024)]
+    reason: Annotated[str, Field(max_length=300)] = ""
+
+
+class Question(Body):
+    principal: Name | None = None
+    action: Name
+    resource_type: Name
+    resource: Annotated[str, Field(min_length=1, max_length=128)]
 
 
 class Signature(Body):
@@ -69,12 +149,12 @@ class SealedDataset(Body):
 
 
 class Budget(Body):
-    epsilon: Finite
-    delta: Finite
+    epsilon: Budgeted
+    delta: Budgeted
 
 
 class Spec(Body):
-    spec: dict[str, Any]
+    spec: Planned
 
 
 class NewRun(Spec):
@@ -84,7 +164,7 @@ class NewRun(Spec):
 
 class LeaseRequest(Body):
     rank: int = Field(ge=0, le=4096)
-    public_key: Base64
+    public_key: OneTimeKey
     code_digest: CodeDigest
 
 
@@ -95,7 +175,7 @@ class Block(Body):
 
 class Progress(Body):
     steps_done: Step
-    rows_per_s: float = Field(ge=0, allow_inf_nan=False)
+    rows_per_s: float = Field(ge=0, le=1e12, allow_inf_nan=False)
 
 
 class TrainedModel(Body):
@@ -107,7 +187,7 @@ class TrainedModel(Body):
 
 
 class Failure(Body):
-    error: dict[str, str]
+    error: Annotated[dict[ErrorName, ErrorText], Field(max_length=16)]
 
 
 class Vote(Body):
@@ -123,7 +203,7 @@ class NewEndpoint(Body):
 
 
 class ModelLeaseRequest(Body):
-    public_key: Base64
+    public_key: OneTimeKey
 
 
 class QuotaRequest(Body):
@@ -142,26 +222,81 @@ Who = Annotated[Caller, Depends(_caller)]
 
 def create_app(authority: Authority) -> FastAPI:
     """The ASGI application over one authority."""
+    refusals: dict[int | str, dict[str, Any]] = {"4XX": {"model": Refusal}, "5XX": {"model": Refusal}}
     app = FastAPI(
-        title="Cloister authority", version="1", docs_url=None, redoc_url=None, openapi_url="/v1/openapi.json"
-    )
+        title="Cloister authority", version="1", docs_url=None, redoc_url=None, openapi_url="/v1/openapi.json",
+        responses=refusals,
+    )  # fmt: skip
     app.add_middleware(Gate, authority=authority)
     _handle_errors(app)
     _public_routes(app, authority)
 
     identities, datasets, runs = authority.identities, authority.datasets, authority.runs
     models, endpoints, log = authority.models, authority.endpoints, authority.log
+    approvals, access, policies, nodes = authority.approvals, authority.access, authority.policies, authority.nodes
+    sessions = authority.sessions
 
     def route(method: str, path: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         return app.api_route("/v1" + path, methods=[method])
 
     @route("POST", "/identities")
     def register_identity(c: Who, body: NewIdentity) -> Any:
-        return identities.register(c, body.name, body.roles, body.public_key)
+        return identities.register(
+            c, body.name, body.roles, public_key=body.public_key, kind=body.kind, issuer=body.issuer,
+            subject=body.subject,
+        )  # fmt: skip
 
     @route("GET", "/identities")
     def list_identities(c: Who) -> Any:
         return identities.list(c)
+
+    @route("PUT", "/identities/{name}/roles")
+    def change_roles(c: Who, name: Name, body: Roles) -> Any:
+        return identities.change_roles(c, name, body.roles)
+
+    @route("PUT", "/identities/{name}/key")
+    def set_key(c: Who, name: Name, body: NewKey) -> Any:
+        return identities.set_key(c, name, body.public_key)
+
+    @route("POST", "/identities/{name}/revocation")
+    def revoke_identity(c: Who, name: Name) -> Any:
+        return identities.revoke(c, name)
+
+    @route("POST", "/identities/{name}/shredding")
+    def shred_identity(c: Who, name: Name) -> Any:
+        return identities.shred(c, name)
+
+    @route("GET", "/me")
+    def me(c: Who) -> Any:
+        return identities.me(c)
+
+    @route("POST", "/token-keys")
+    def rotate_token_keys(c: Who, body: KeyRotation) -> Any:
+        return sessions.rotate_keys(c, compromised=body.compromised)
+
+    @route("POST", "/nodes")
+    def register_node(c: Who, body: NewNode) -> Any:
+        return nodes.register(c, body.name, body.public_key, body.region, body.assurance)
+
+    @route("POST", "/nodes/certificate")
+    def certify_node(c: Who, body: SigningRequest) -> Any:
+        return nodes.certify(c, body.csr.encode())
+
+    @route("POST", "/access")
+    def request_access(c: Who, body: ElevatedAccess) -> Any:
+        return access.request(c, body.role, body.seconds, body.reason)
+
+    @route("GET", "/policy")
+    def show_policy(c: Who) -> Any:
+        return policies.show(c)
+
+    @route("POST", "/policy")
+    def propose_policy(c: Who, body: Policies) -> Any:
+        return policies.propose(c, body.text, body.reason)
+
+    @route("POST", "/policy/explain")
+    def explain(c: Who, body: Question) -> Any:
+        return policies.explain(c, body.principal, body.action, body.resource_type, body.resource)
 
     @route("GET", "/datasets")
     def list_datasets(c: Who) -> Any:
@@ -186,6 +321,10 @@ def create_app(authority: Authority) -> FastAPI:
     @route("PUT", "/datasets/{name}/budget")
     def set_budget(c: Who, name: Name, body: Budget) -> Any:
         return datasets.set_budget(c, name, body.epsilon, body.delta)
+
+    @route("POST", "/datasets/{name}/versions/{version}/key-destruction")
+    def destroy_keys(c: Who, name: Name, version: Version) -> Any:
+        return datasets.destroy_keys(c, name, version)
 
     @route("POST", "/plans")
     def plan(c: Who, body: Spec) -> Any:
@@ -247,11 +386,11 @@ def create_app(authority: Authority) -> FastAPI:
 
     @route("GET", "/approvals")
     def list_approvals(c: Who) -> Any:
-        return models.approvals(c)
+        return approvals.list(c)
 
     @route("POST", "/approvals/{approval}/votes")
     def vote(c: Who, approval: Name, body: Vote) -> Any:
-        return models.vote(c, approval, body.envelope.model_dump())
+        return approvals.vote(c, approval, body.envelope.model_dump())
 
     @route("POST", "/endpoints")
     def deploy(c: Who, body: NewEndpoint) -> Any:
@@ -275,13 +414,33 @@ def create_app(authority: Authority) -> FastAPI:
     def quota(c: Who, endpoint: Name, body: QuotaRequest) -> Any:
         return endpoints.quota_block(c, endpoint, body.subject, body.wanted)
 
+    @route("GET", "/endpoints/{endpoint}/changes")
+    def changes(c: Who, endpoint: Name, after: Sequence = 0, policy: Sequence = 0) -> Any:
+        return endpoints.changes(c, endpoint, after, policy)
+
     @route("GET", "/log")
-    def search_log(c: Who, action: str = "", actor: str = "", limit: int = 50) -> Any:
-        return log.search(c, action=action, actor=actor, limit=max(1, min(limit, 1000)))
+    def search_log(
+        c: Who, action: Word = "", actor: Word = "", outcome: Word = "", since: Word = "", until: Word = "",
+        limit: Annotated[int, Query(ge=1, le=1000)] = 50,
+    ) -> Any:  # fmt: skip
+        wanted = Filter(action=action, actor=actor, outcome=outcome, since=since, until=until, limit=limit)
+        return log.search(c, wanted)
 
     @route("GET", "/log/export")
-    def export_log(c: Who) -> Any:
-        return log.export(c)
+    def export_log(c: Who, form: Word = "cloister", first: Size = 0) -> Any:
+        return StreamingResponse(log.export(c, form, first), media_type="text/plain; charset=utf-8")
+
+    @route("GET", "/log/entries/{index}/proof")
+    def prove_entry(c: Who, index: Size) -> Any:
+        return log.prove(c, index)
+
+    @route("POST", "/log/cosignatures")
+    def take_cosignature(c: Who, body: CosignedNote) -> Any:
+        return log.take_cosignature(c, body.note)
+
+    @route("GET", "/log/consistency")
+    def prove_consistency(c: Who, first: Size, second: Size = 0) -> Any:
+        return log.consistency(c, first, second)
 
     return app
 
@@ -299,7 +458,13 @@ def _public_routes(app: FastAPI, authority: Authority) -> None:
             "issuer": authority.url,
             "log_verifier_key": authority.log.verifier_key,
             "release_public_key": authority.release_public.decode(),
-            "token_public_keys": {authority.identities.token_key_id: authority.token_public.decode()},
+            "token_public_keys": {key_id: pem.decode() for key_id, pem in authority.sessions.published_keys().items()},
+            "issuers": [
+                {"issuer": each.issuer, "client_id": each.client_id, "audience": each.audience, "scope": each.scope}
+                for each in authority.issuers
+                if each.kind == "people"
+            ],
+            "required_approvals": authority.approvals.required.promotion,
             "endpoint_ca": authority.endpoint_ca.decode(),
             "receiving_key": b64(authority.receiving_public),
         }
@@ -307,30 +472,65 @@ def _public_routes(app: FastAPI, authority: Authority) -> None:
     @app.get("/v1/checkpoint")
     def checkpoint() -> Any:
         """Public: witnesses and rememberers need no identity."""
-        return {"note": authority.log.checkpoint()}
+        return {"note": authority.log.checkpoint(), "cosigned": authority.log.cosigned()}
+
+    @app.get("/v1/jwks.json")
+    def jwks() -> Any:
+        """Public: the keys that sign access tokens (RFC 7517)."""
+        return authority.sessions.jwks()
+
+    @app.get("/.well-known/oauth-authorization-server")
+    def metadata() -> Any:
+        """Public: RFC 8414."""
+        url = authority.url
+        return {
+            "issuer": url,
+            "token_endpoint": f"{url}/v1/token",
+            "revocation_endpoint": f"{url}/v1/revoke",
+            "jwks_uri": f"{url}/v1/jwks.json",
+            "grant_types_supported": [JWT_BEARER, TOKEN_EXCHANGE, "client_credentials", "refresh_token"],
+            "token_endpoint_auth_methods_supported": ["private_key_jwt", "none"],
+            "token_endpoint_auth_signing_alg_values_supported": [ALGORITHM],
+            "response_types_supported": [],
+            "tls_client_certificate_bound_access_tokens": True,
+        }
 
     @app.post("/v1/token")
     def token(
         request: Request,
         grant_type: Annotated[str, Form(max_length=100)],
-        assertion: Annotated[str, Form(max_length=4096)],
         resource: Annotated[str, Form(max_length=200)],
+        assertion: Annotated[str, Form(max_length=4096)] = "",
+        client_assertion_type: Annotated[str, Form(max_length=100)] = "",
+        client_assertion: Annotated[str, Form(max_length=4096)] = "",
+        subject_token: Annotated[str, Form(max_length=8192)] = "",
+        subject_token_type: Annotated[str, Form(max_length=100)] = "",
+        refresh_token: Annotated[str, Form(max_length=100)] = "",
     ) -> Any:
-        """Public: the assertion is the proof (RFC 7523)."""
-        if grant_type != JWT_BEARER:
-            raise InputError("the only grant type is the JWT bearer grant", f"send grant_type={JWT_BEARER}")
-        return authority.identities.token(assertion, resource, _source(request))
+        """Public: what is sent is the proof (RFC 7523, RFC 8693, RFC 6749 section 6)."""
+        asked = TokenRequest(
+            grant_type=grant_type, resource=resource, assertion=assertion, client_assertion=client_assertion,
+            client_assertion_type=client_assertion_type, subject_token=subject_token,
+            subject_token_type=subject_token_type, refresh_token=refresh_token,
+        )  # fmt: skip
+        return authority.sessions.token(asked, _source(request), _peer(request))
+
+    @app.post("/v1/revoke")
+    def revoke(request: Request, token: Annotated[str, Form(max_length=4096)]) -> Any:
+        """Public: whoever holds a token may end it (RFC 7009)."""
+        authority.sessions.revoke(token, _source(request))
+        return {}
 
 
 class Gate:
     """What every request passes first: token, then size. Outermost, so that no exception reaches the server's log.
 
-    A body must state its length: over the limit, in chunks or without a length it is refused.
+    A body states its length: over the limit, in chunks, or longer than it says, it is refused.
     """
 
     def __init__(self, app: Any, authority: Authority) -> None:
         self._app = app
-        self._identities = authority.identities
+        self._sessions = authority.sessions
 
     async def __call__(
         self, scope: Any, receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Awaitable[None]]
@@ -349,14 +549,18 @@ class Gate:
         try:
             request = Request(scope)
             if scope["path"] not in PUBLIC:
-                request.state.caller = self._identities.authenticate(
-                    request.headers.get("authorization"), _source(request)
+                # In a thread, since it asks the database.
+                request.state.caller = await run_in_threadpool(
+                    self._sessions.authenticate,
+                    request.headers.get("authorization"),
+                    _source(request),
+                    _peer(request),
                 )
             if _too_large(request):
                 refused = InputError("the request body is too large or of unknown length", "send less, with its length")
                 answer = JSONResponse(refused.to_dict(), status_code=413)
             else:
-                await self._app(scope, receive, watched)
+                await self._app(scope, _bounded(receive, _length(request)), watched)
         except CloisterError as error:
             answer = _error_response(error)
         except Exception as error:  # noqa: BLE001  (only the type: the text of a foreign exception may hold anything)
@@ -366,17 +570,42 @@ class Gate:
             await answer(scope, receive, send)
 
 
+def _peer(request: Request) -> Peer | None:
+    certificate = request.scope.get(PEER)
+    return Peer.from_der(certificate) if certificate else None
+
+
 def _source(request: Request) -> str:
     return request.client.host if request.client else "unknown"
+
+
+def _length(request: Request) -> int:
+    """What a request says that its body has, in bytes; -1 if that is no number."""
+    length = request.headers.get("content-length", "0")
+    return int(length) if length.isascii() and length.isdigit() and len(length) < 20 else -1
 
 
 def _too_large(request: Request) -> bool:
     if request.method in ("GET", "HEAD"):
         return False
-    length = request.headers.get("content-length", "0")
-    plain = length.isascii() and length.isdigit() and len(length) < 20
     limit = MAX_PUBLIC_BODY_BYTES if request.url.path in PUBLIC else MAX_BODY_BYTES
-    return "transfer-encoding" in request.headers or not plain or int(length) > limit
+    return "transfer-encoding" in request.headers or not 0 <= _length(request) <= limit
+
+
+def _bounded(receive: Callable[[], Awaitable[Any]], length: int) -> Callable[[], Awaitable[Any]]:
+    """A body as it comes, until it is longer than it said or has more than `MAX_COMMAS` commas, so values, in it."""
+    commas = MAX_COMMAS
+
+    async def bounded() -> Any:
+        nonlocal length, commas
+        message = await receive()
+        part = message.get("body", b"")
+        length, commas = length - len(part), commas - part.count(b",")
+        if part and (length < 0 or commas < 0):
+            raise HTTPException(413)
+        return message
+
+    return bounded
 
 
 def _error_response(error: CloisterError) -> Response:

@@ -1,95 +1,131 @@
 """What every part of the authority shares: identity of the caller, policy, and the log in the same transaction.
 
-Guarantees: no change of budget, custody or release, no key and no plan leaves without a policy decision and a log entry
-that commit in the same transaction as the effect; a refusal is recorded too; each entry leaves a signed checkpoint over
-the new tree. Showing public facts asks policy, but leaves no entry.
+Guarantees: no change of state and no key leaves without a policy decision and a log entry that commit in the same
+transaction as the effect; a refusal is recorded too; each transaction leaves a signed checkpoint over the new tree.
+What happens outside of the database is recorded before (intent) and after (outcome). Showing public facts asks
+policy, but leaves no entry. The log names people by pseudonyms.
 """
 
 from __future__ import annotations
 
 import contextlib
+import secrets
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
-from nacl.signing import SigningKey
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection
 
-from cloister.audit.checkpoint import Checkpoint
-from cloister.audit.checkpoint import sign as sign_checkpoint
-from cloister.audit.event import Event, Outcome, utc_text
-from cloister.audit.merkle import CompactTree
-from cloister.errors import AuthenticationError, IntegrityError, PermissionDeniedError
-from cloister.policy import Policy, Request
-from cloister.stores.database import Database, log_checkpoints, log_entries
+from cloister.audit.event import ActorKind, Event, Outcome, utc_text
+from cloister.authority.journal import Journal
+from cloister.authority.pseudonyms import pseudonym_of, source_of
+from cloister.authority.rules import Rules
+from cloister.errors import (
+    ApprovalMissingError,
+    AuthenticationError,
+    IntegrityError,
+    PermissionDeniedError,
+    UnavailableError,
+)
+from cloister.policy import Request
+from cloister.policy.decide import Kind
+from cloister.stores.database import Database
 from cloister.stores.keys import KeyService
 
-LOG_ORIGIN = "cloister.dev/log"
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """The machine that a caller spoke from, as its certificate proved it."""
+
+    name: str
+    region: str
+    assurance: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caller:
-    """Who is asking, as the access token proved it, and from which address."""
+    """Who is asking, as the access token proved it; from which address, and over whose mutual TLS if any."""
 
     name: str
     roles: frozenset[str]
+    kind: ActorKind = "person"
     source: str = "local"
+    node: Node | None = None
+    session: str = ""
+    """The id of the token that was shown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resource:
-    """What is asked about, with the attributes that policy needs."""
+    """What is asked about, with the attributes that policy needs. `person`: its name is somebody's."""
 
     type: str
     name: str
-    attributes: Mapping[str, str] = field(default_factory=dict)
+    attributes: Mapping[str, str | int | bool] = field(default_factory=dict)
+    person: bool = False
 
 
 PLATFORM = Resource(type="Platform", name="platform")
+ITSELF = Caller(name="authority", roles=frozenset(), kind="authority")
 
 
 class Core:
     """State, keys, policy, clock and log."""
 
     def __init__(
-        self,
-        *,
-        database: Database,
-        keys: KeyService,
-        policy: Policy,
-        log_key: SigningKey,
-        clock: Callable[[], float] = time.time,
+        self, *, database: Database, keys: KeyService, journal: Journal, clock: Callable[[], float] = time.time
     ) -> None:
         self.database = database
         self.keys = keys
-        self.policy = policy
+        self.journal = journal
+        self.rules = Rules()
         self.clock = clock
-        self._log_key = log_key
+        self._anchoring = threading.Lock()
+        self._anchored = 0
 
     @contextlib.contextmanager
     def action(self, caller: Caller, action: str, **details: Any) -> Iterator[Action]:
         """Run one action as a transaction. Inside: `allow(resource)` first, then the effect.
 
         A block that ends without `allow` is a bug and commits nothing. A refusal or a failure undoes the effect
-        and is recorded by itself.
+        and is recorded by itself. Only a missing approval commits, as a refusal: with the request for it.
         """
         act = Action(self, caller, action, dict(details))
+        missing: ApprovalMissingError | None = None
         try:
             with self.database.transaction() as connection:
                 act.connection = connection
+                try:
+                    yield act
+                except ApprovalMissingError as error:
+                    missing, act.outcome = error, "denied"
+                act.require_allowed()
+                act.entry = self.journal.append(connection, [act.event(act.outcome)])
+        except Exception as error:
+            self._record_end(act, error)
+            raise
+        if missing:
+            raise missing
+
+    @contextlib.contextmanager
+    def reading(self, caller: Caller, action: str) -> Iterator[Action]:
+        """Like `action`, for showing facts that are no secret: takes no lock, and only a refusal is recorded."""
+        act = Action(self, caller, action, {})
+        try:
+            with self.database.reading() as connection:
+                act.connection = connection
                 yield act
                 act.require_allowed()
-                self.append(connection, act.event(act.outcome))
-        except Exception as error:
-            outcome: Outcome = "denied" if isinstance(error, PermissionDeniedError | AuthenticationError) else "failure"
-            self.record(act.event(outcome, reason=type(error).__name__))
+        except PermissionDeniedError as error:
+            self._record_end(act, error)
             raise
 
     @contextlib.contextmanager
     def unlogged(self, caller: Caller, action: str) -> Iterator[Action]:
-        """Like `action`, for showing facts that are no secret and for progress reports: only a refusal is recorded."""
+        """Like `reading`, for progress reports, which are written and are no secret."""
         act = Action(self, caller, action, {})
         try:
             with self.database.transaction() as connection:
@@ -97,34 +133,66 @@ class Core:
                 yield act
                 act.require_allowed()
         except PermissionDeniedError as error:
-            self.record(act.event("denied", reason=type(error).__name__))
+            self._record_end(act, error)
             raise
 
-    def record(self, entry: Event) -> None:
-        """Append one entry in a transaction of its own."""
-        with self.database.transaction() as connection:
-            self.append(connection, entry)
+    @contextlib.contextmanager
+    def outside(self, caller: Caller, action: str, resource: Resource, **details: Any) -> Iterator[None]:
+        """An effect outside of the database: the intent is on record before the block runs, its outcome after.
 
-    def append(self, connection: Connection, entry: Event) -> None:
-        """Append one entry in the transaction of its effect, and sign the new tree."""
-        row = connection.execute(select(log_checkpoints).order_by(log_checkpoints.c.size.desc()).limit(1)).one_or_none()
-        tree = CompactTree.from_hex(row.size, row.tree) if row else CompactTree()
-        data = entry.to_bytes()
-        connection.execute(insert(log_entries).values(index=tree.size, entry=data))
-        tree.append(data)
-        note = sign_checkpoint(
-            Checkpoint(origin=LOG_ORIGIN, size=tree.size, root=tree.root()), self._log_key, LOG_ORIGIN
-        )
-        connection.execute(insert(log_checkpoints).values(size=tree.size, tree=tree.to_hex(), note=note))
+        An intent without an outcome says that the authority died in between: look at what is there.
+        """
+        correlation = secrets.token_hex(8)
+        with self.action(caller, action, phase="intent", **details) as act:
+            act.correlation = correlation
+            act.allow(resource)
+        act.details["phase"] = "outcome"
+        try:
+            yield
+        except Exception as error:
+            self._record_end(act, error)
+            raise
+        self._record(act, "success")
 
-    def anchor(self) -> None:
-        """Have the key service remember the log as it is now: called before keys leave, so that spending sticks."""
+    def record(
+        self, caller: Caller, action: str, resource: Resource, outcome: Outcome, rule: str, **details: Any
+    ) -> None:
+        """Put something on record that asks no policy: the authority's own doings, logins."""
         with self.database.transaction() as connection:
-            row = connection.execute(
-                select(log_checkpoints).order_by(log_checkpoints.c.size.desc()).limit(1)
-            ).one_or_none()
-        if row is not None:
-            self.keys.remember(row.size, CompactTree.from_hex(row.size, row.tree).root().hex())
+            self.append(connection, caller, action, resource, outcome, rule, **details)
+
+    def append(
+        self, connection: Connection, caller: Caller, action: str, resource: Resource, outcome: Outcome, rule: str,
+        **details: Any,
+    ) -> None:  # fmt: skip
+        """As `record`, in the transaction of the effect."""
+        act = Action(self, caller, action, dict(details))
+        act.connection, act.resource, act.rule = connection, resource, rule
+        self.journal.append(connection, [act.event(outcome)])
+
+    def _record_end(self, act: Action, error: Exception) -> None:
+        if isinstance(error, UnavailableError):
+            return  # nothing happened, and it cannot be written down either: the database is what failed
+        denied = isinstance(error, PermissionDeniedError | AuthenticationError)
+        self._record(act, "denied" if denied else "failure", reason=type(error).__name__)
+
+    def _record(self, act: Action, outcome: Outcome, reason: str = "") -> None:
+        with self.database.transaction() as connection:
+            act.connection = connection
+            self.journal.append(connection, [act.event(outcome, reason=reason)])
+
+    def anchor(self, act: Action) -> None:
+        """Have the key service remember the log with the entry of `act`: called before keys leave, so that it sticks.
+
+        Callers that wait for one another share one write.
+        """
+        with self._anchoring:
+            if self._anchored > act.entry:
+                return
+            with self.database.reading() as connection:
+                head = self.journal.head(connection)
+            self.keys.remember(head.size, head.root.hex())
+            self._anchored = head.size
 
     def require_anchored(self) -> None:
         """Refuse a database that is older than what the key service remembers: its ledger would be too.
@@ -135,12 +203,14 @@ class Core:
         kept = self.keys.remembered()
         if kept is None:
             return
-        with self.database.transaction() as connection:
-            row = connection.execute(select(log_checkpoints).where(log_checkpoints.c.size == kept[0])).one_or_none()
-        if row is None or CompactTree.from_hex(row.size, row.tree).root().hex() != kept[1]:
+        size, root = kept
+        with self.database.reading() as connection:
+            head = self.journal.head(connection)
+            same = head.size >= size and self.journal.root_at(connection, size).hex() == root
+        if not same:
             raise IntegrityError(
                 "the state is not the one that keys were last given out under: an old backup, or another log",
-                "restore the newest state.db; budgets spent since the backup would be forgotten",
+                "restore the newest state; budgets spent since the backup would be forgotten",
             )
 
     def now_text(self) -> str:
@@ -154,31 +224,44 @@ class Action:
 
     def __init__(self, core: Core, caller: Caller, action: str, details: dict[str, Any]) -> None:
         self._core = core
-        self._caller = caller
-        self._action = action
-        self._resource = "-"
+        self.caller = caller
+        self.action = action
+        self.resource: Resource | None = None
         self.details = details
         self.rule: str | None = None
         self.outcome: Outcome = "success"
+        self.correlation = ""
+        self.entry = -1
+        """The index of its entry in the log, once it has ended."""
 
-    def allow(self, resource: Resource) -> None:
-        """Ask policy whether the caller may do this to `resource`.
+    def allow(self, resource: Resource, action: str | None = None) -> None:
+        """Ask policy whether the caller may do this, or `action` instead, to `resource`.
 
         Raises:
             PermissionDeniedError: it may not.
         """
-        self._resource = f"{resource.type}/{resource.name}"
-        decision = self._core.policy.require(
-            Request(
-                principal=self._caller.name,
-                roles=self._caller.roles,
-                action=self._action,
-                resource_type=resource.type,
-                resource=resource.name,
-                attributes=resource.attributes,
-            )
-        )
+        self.resource = resource
+        policy = self._core.rules.current(self.connection)
+        decision = policy.require(self.request(self.caller, action or self.action, resource))
         self.rule = ",".join(decision.rules)
+
+    def request(self, caller: Caller, action: str, resource: Resource) -> Request:
+        """The question as policy is asked it."""
+        context: dict[str, str | int | bool] = {"time": int(self._core.clock())}
+        if caller.node:
+            context |= {
+                "node": caller.node.name,
+                "node_region": caller.node.region,
+                "node_assurance": caller.node.assurance,
+            }
+        return Request(
+            principal=caller.name, kind=cast(Kind, caller.kind), roles=caller.roles, action=action,
+            resource_type=resource.type, resource=resource.name, attributes=resource.attributes, context=context,
+        )  # fmt: skip
+
+    def person(self, name: str) -> str:
+        """What the log calls a person: for `details`."""
+        return pseudonym_of(self.connection, name)
 
     def require_allowed(self) -> None:
         """A block that never asked policy is a fault, and must not commit.
@@ -187,17 +270,20 @@ class Action:
             PermissionDeniedError: `allow` was not called.
         """
         if self.rule is None:
-            raise PermissionDeniedError(f"{self._action} asked no policy", "report this: it is a fault in Cloister")
+            raise PermissionDeniedError(f"{self.action} asked no policy", "report this: it is a fault in Cloister")
 
     def event(self, outcome: Outcome, *, reason: str = "") -> Event:
+        """The entry for this action; people and their addresses by pseudonym."""
+        caller, connection, resource = self.caller, self.connection, self.resource
+        actor = pseudonym_of(connection, caller.name) if caller.kind == "person" else caller.name
+        # A machine's address too: it may be somebody's desk. A stranger's `name` is `STRANGER`.
+        source = source_of(connection, caller.name, caller.source)
+        named = "-"
+        if resource is not None:
+            named = f"{resource.type}/{self.person(resource.name) if resource.person else resource.name}"
+        details = self.details | ({"node": caller.node.name} if caller.node else {})
         return Event(
-            time=self._core.now_text(),
-            actor=self._caller.name,
-            action=self._action,
-            resource=self._resource,
-            outcome=outcome,
-            reason=reason,
-            rule=self.rule or "",
-            source=self._caller.source,
-            details=self.details,
-        )
+            time=self._core.now_text(), actor=actor, actor_kind=caller.kind, action=self.action, resource=named,
+            outcome=outcome, reason=reason, rule=self.rule or "", source=source, correlation=self.correlation,
+            details=details,
+        )  # fmt: skip

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy import Connection, delete, insert, select, update
 
-from cloister.authority.core import Caller, Core, Resource
+from cloister.authority import resources
+from cloister.authority.approvals import Approvals
+from cloister.authority.core import Action, Caller, Core, Resource
+from cloister.authority.identity import signing_key
+from cloister.authority.ledger import budget_state, charged_so_far
 from cloister.canonical import canonical_json, unb64
 from cloister.datasets.manifest import MANIFEST_PREDICATE, DatasetManifest, SealedFile
 from cloister.datasets.schema import CLASSES, DatasetSchema
@@ -22,22 +26,23 @@ from cloister.sealing.lease import ReceivingKey
 from cloister.signing import dsse
 from cloister.signing.keys import ed25519_public_from_pem, key_id
 from cloister.stores.blobs import check_path
-from cloister.stores.database import budgets, data_keys, datasets, identities, runs
+from cloister.stores.tables import budgets, data_keys, datasets, runs
 
 
 class Datasets:
     """Registered dataset versions."""
 
-    def __init__(self, core: Core, receiving_key: ReceivingKey, blobs_url: str) -> None:
+    def __init__(self, core: Core, approvals: Approvals, receiving_key: ReceivingKey, blobs_url: str) -> None:
         self._core = core
+        self._approvals = approvals
         self._receiving_key = receiving_key
         self.blobs_url = blobs_url
 
     def next_version(self, caller: Caller, name: str) -> int:
         """The version that the next seal of `name` gets, if the caller may seal it."""
-        with self._core.unlogged(caller, "dataset:seal") as act:
+        with self._core.reading(caller, "dataset:seal") as act:
             last = latest(act.connection, name)
-            act.allow(dataset_resource(name, last.owner if last else caller.name))
+            act.allow(_coming(act.connection, name, last, caller))
         return last.version + 1 if last else 1
 
     def register(self, caller: Caller, envelope: dict[str, Any], sealed_keys: bytes) -> dict[str, Any]:
@@ -52,9 +57,9 @@ class Datasets:
             ConflictError: that version exists.
         """
         with self._core.action(caller, "dataset:seal") as act:
-            act.allow(dataset_resource("any", caller.name))  # no work for somebody who may not seal anything
-            row = act.connection.execute(select(identities).where(identities.c.name == caller.name)).one()
-            public = row.public_key.encode()
+            # No work for somebody who may not seal anything.
+            act.allow(resources.new_dataset("any", caller.name))
+            public = signing_key(act.connection, caller.name)
             verified = dsse.verify(  # 1
                 envelope, {key_id(public): ed25519_public_from_pem(public)}, predicate_type=MANIFEST_PREDICATE,
                 subject_digest=None,
@@ -65,7 +70,7 @@ class Datasets:
                 raise IntegrityError("the signed digest is not that of the manifest", "seal the data again")
             act.details.update(digest=manifest.digest, files=len(manifest.files), rows=manifest.rows("train"))
             last = latest(act.connection, manifest.name)  # 3
-            act.allow(dataset_resource(f"{manifest.name}@{manifest.version}", last.owner if last else caller.name))
+            act.allow(_coming(act.connection, f"{manifest.name}@{manifest.version}", last, caller))
             expected = last.version + 1 if last else 1
             if manifest.version != expected:
                 raise ConflictError(
@@ -78,6 +83,7 @@ class Datasets:
                     name=manifest.name,
                     version=manifest.version,
                     owner=caller.name,
+                    owner_key=public.decode(),
                     manifest=manifest.model_dump(mode="json"),
                     manifest_digest=manifest.digest,
                     envelope=envelope,
@@ -110,27 +116,27 @@ class Datasets:
 
     def show(self, caller: Caller, name: str, version: int) -> dict[str, Any]:
         """Manifest, owner and budget of one version."""
-        with self._core.unlogged(caller, "dataset:read") as act:
+        with self._core.reading(caller, "dataset:read") as act:
             row = load(act.connection, name, version)
-            act.allow(dataset_resource(name, row.owner))
+            act.allow(resources.dataset(act.connection, row))
             return {
                 "dataset": f"{name}@{version}",
                 "owner": row.owner,
                 "digest": row.manifest_digest,
                 "manifest": row.manifest,
                 "envelope": row.envelope,
-                "owner_key": owner_key(act.connection, row),
+                "owner_key": row.owner_key,
                 "budget": budget_state(act.connection, name),
             }
 
     def list(self, caller: Caller) -> list[dict[str, Any]]:
         """Every version that the caller may see."""
-        with self._core.unlogged(caller, "dataset:read") as act:
+        with self._core.reading(caller, "dataset:read") as act:
             rows = act.connection.execute(select(datasets).order_by(datasets.c.name, datasets.c.version)).all()
             if not rows:
-                act.allow(dataset_resource("any", "nobody"))
+                act.allow(resources.new_dataset("any", ""))
             for row in rows:
-                act.allow(dataset_resource(row.name, row.owner))
+                act.allow(resources.dataset(act.connection, row))
             return [
                 {
                     "dataset": f"{row.name}@{row.version}",
@@ -144,16 +150,17 @@ class Datasets:
             ]
 
     def set_budget(self, caller: Caller, name: str, epsilon: float, delta: float) -> dict[str, Any]:
-        """Set the total that all runs on all versions of a dataset may spend.
+        """Set the total that all runs on all versions of a dataset may spend. To raise it takes approval.
 
         Raises:
             BudgetError: less than what is spent or held already.
+            ApprovalMissingError: more than it was, and not enough others agreed; names the request.
         """
         with self._core.action(caller, "budget:set", epsilon=epsilon, delta=delta) as act:
             last = latest(act.connection, name)
             if last is None:
                 raise NotFoundError(f"there is no dataset {name}", "seal it first: cloister data seal")
-            act.allow(dataset_resource(name, last.owner))
+            act.allow(resources.dataset(act.connection, last))
             if not (0 < epsilon <= 100 and 0 < delta < 1e-2):
                 raise InputError(
                     "a budget has 0 < epsilon <= 100 and 0 < delta < 0.01", "see `cloister budget set --help`"
@@ -164,6 +171,9 @@ class Datasets:
                     f"{name} has spent or holds epsilon {charged[0]:.3f} already",
                     "a budget cannot be below what is spent",
                 )
+            before = budget_state(act.connection, name)
+            if before["epsilon"] and (epsilon > before["epsilon"] or delta > before["delta"]):
+                self._approve_raise(act, last, before, epsilon, delta)
             changed = act.connection.execute(
                 update(budgets).where(budgets.c.dataset == name).values(epsilon=epsilon, delta=delta)
             )
@@ -171,11 +181,41 @@ class Datasets:
                 act.connection.execute(insert(budgets).values(dataset=name, epsilon=epsilon, delta=delta))
             return budget_state(act.connection, name)
 
+    def _approve_raise(self, act: Action, row: Any, before: dict[str, Any], epsilon: float, delta: float) -> None:
+        if not self._approvals.required.budget:
+            return
+        details = {
+            "dataset": row.name, "epsilon": [before["epsilon"], epsilon], "delta": [before["delta"], delta],
+        }  # fmt: skip
+        next_step = f"set it again: cloister budget set {row.name}"
+        self._approvals.demand(act, "budget", f"budget of {row.name}", details, owner=row.owner, next_step=next_step)
+
+    def destroy_keys(self, caller: Caller, name: str, version: int) -> dict[str, Any]:
+        """Destroy a version's data keys, for good: every copy and backup of its files is noise from then on.
+
+        Raises:
+            ApprovalMissingError: not enough others agreed; names the request.
+            ConflictError: they are destroyed already.
+        """
+        with self._core.action(caller, "key:destroy") as act:
+            row = load(act.connection, name, version)
+            act.allow(resources.dataset(act.connection, row))
+            mine = (data_keys.c.name == name) & (data_keys.c.version == version)
+            if act.connection.execute(select(data_keys.c.file).where(mine).limit(1)).first() is None:
+                raise ConflictError(f"the keys of {name}@{version} are destroyed already", "nothing to do")
+            details = {"dataset": f"{name}@{version}", "manifest": row.manifest_digest}
+            self._approvals.demand(
+                act, "key-destruction", f"keys of {name}@{version}", details, owner=row.owner,
+                next_step=f"destroy them: cloister key destroy {name}@{version}",
+            )  # fmt: skip
+            act.details["keys"] = act.connection.execute(delete(data_keys).where(mine)).rowcount
+        return {"dataset": f"{name}@{version}", "keys_destroyed": act.details["keys"]}
+
     def budget(self, caller: Caller, name: str) -> dict[str, Any]:
         """The budget, what is left of it, and who spent it."""
-        with self._core.unlogged(caller, "dataset:read") as act:
+        with self._core.reading(caller, "dataset:read") as act:
             last = latest(act.connection, name)
-            act.allow(dataset_resource(name, last.owner if last else "nobody"))
+            act.allow(resources.dataset(act.connection, last) if last else resources.new_dataset(name, ""))
             if last is None:
                 raise NotFoundError(f"there is no dataset {name}", "list them: cloister data list")
             rows = act.connection.execute(select(runs).where(runs.c.dataset == name).order_by(runs.c.created)).all()
@@ -213,8 +253,9 @@ def _check_files(manifest: DatasetManifest) -> None:
         raise InputError("there is no row to train on", "seal the data again")
 
 
-def dataset_resource(name: str, owner: str) -> Resource:
-    return Resource(type="Dataset", name=name, attributes={"owner": owner})
+def _coming(connection: Connection, name: str, last: Any, caller: Caller) -> Resource:
+    """The next version of what is `last` now: its owner's, or the caller's if there is none yet."""
+    return resources.dataset(connection, last) if last else resources.new_dataset(name, caller.name)
 
 
 def key_context(manifest: DatasetManifest, file: str) -> bytes:
@@ -242,33 +283,3 @@ def load(connection: Connection, name: str, version: int) -> Any:
     if row is None:
         raise NotFoundError(f"there is no dataset {name}@{version}", "list them: cloister data list")
     return row
-
-
-def owner_key(connection: Connection, row: Any) -> str:
-    """The public key (PEM) that signed a version's manifest."""
-    return str(connection.execute(select(identities.c.public_key).where(identities.c.name == row.owner)).scalar_one())
-
-
-def charged_so_far(connection: Connection, name: str) -> tuple[float, float]:
-    """Sum of (epsilon, delta) that runs hold or have spent: basic composition over runs."""
-    total = select(
-        func.coalesce(func.sum(runs.c.epsilon_charged), 0.0), func.coalesce(func.sum(runs.c.delta_charged), 0.0)
-    )
-    epsilon, delta = connection.execute(total.where(runs.c.dataset == name)).one()
-    return float(epsilon), float(delta)
-
-
-def budget_state(connection: Connection, name: str) -> dict[str, Any]:
-    """Total, charged and left; all zero for a dataset without a budget, which therefore cannot be trained on."""
-    row = connection.execute(select(budgets).where(budgets.c.dataset == name)).one_or_none()
-    epsilon, delta = (row.epsilon, row.delta) if row else (0.0, 0.0)
-    spent_epsilon, spent_delta = charged_so_far(connection, name)
-    return {
-        "dataset": name,
-        "epsilon": epsilon,
-        "delta": delta,
-        "epsilon_charged": spent_epsilon,
-        "delta_charged": spent_delta,
-        "epsilon_left": max(0.0, epsilon - spent_epsilon),
-        "delta_left": max(0.0, delta - spent_delta),
-    }

@@ -12,13 +12,16 @@ from typing import Any
 
 from sqlalchemy import Connection, delete, insert, select, update
 
-from cloister.authority.core import PLATFORM, Caller, Core, Resource
+from cloister.authority import resources
+from cloister.authority.core import PLATFORM, Caller, Core
 from cloister.authority.identity import add_identity
 from cloister.authority.models import Models, load, production
+from cloister.authority.sessions import Sessions
 from cloister.errors import ConflictError, InputError, NotFoundError
+from cloister.models.release import PRODUCTION
 from cloister.sealing import purposes
 from cloister.signing import certificates
-from cloister.stores.database import endpoints, quota_windows
+from cloister.stores.tables import endpoints, quota_windows, revocations
 
 LONGEST_WINDOW_S = 86_400
 
@@ -26,8 +29,11 @@ LONGEST_WINDOW_S = 86_400
 class Endpoints:
     """Deployed endpoints. `ca_key` and `ca_certificate` issue their TLS certificates."""
 
-    def __init__(self, core: Core, models: Models, ca_key: bytes, ca_certificate: bytes, blobs_url: str) -> None:
+    def __init__(
+        self, core: Core, sessions: Sessions, models: Models, ca_key: bytes, ca_certificate: bytes, blobs_url: str
+    ) -> None:
         self._core = core
+        self._sessions = sessions
         self._models = models
         self._ca_key = ca_key
         self._ca_certificate = ca_certificate
@@ -59,18 +65,20 @@ class Endpoints:
                     quota_requests=quota_requests, quota_window_s=quota_window_s, created=self._core.clock(),
                 )
             )  # fmt: skip
-            add_identity(act.connection, endpoint, ["endpoint"], public_key, caller.name, self._core.clock())
+            add_identity(
+                act.connection, endpoint, ["endpoint"], public_key, caller.name, self._core.clock(), kind="endpoint"
+            )
         return {"endpoint": endpoint, "model": f"{row.name}@{row.version}", "certificate": certificate.decode()}
 
     def stop(self, caller: Caller, endpoint: str) -> None:
         """End an endpoint: its leases and quota blocks are refused from now on."""
         with self._core.action(caller, "endpoint:stop") as act:
             row = _endpoint(act.connection, endpoint)
-            act.allow(_resource(row))
+            act.allow(resources.endpoint(row))
             act.connection.execute(update(endpoints).where(endpoints.c.id == endpoint).values(state="stopped"))
 
     def list(self, caller: Caller) -> list[dict[str, Any]]:
-        with self._core.unlogged(caller, "endpoint:list") as act:
+        with self._core.reading(caller, "endpoint:list") as act:
             act.allow(PLATFORM)
             rows = act.connection.execute(select(endpoints).order_by(endpoints.c.created)).all()
         return [
@@ -81,22 +89,47 @@ class Endpoints:
 
     def lease(self, caller: Caller, endpoint: str, public_key: bytes) -> dict[str, Any]:
         """Everything that a replica needs to verify and open its model; the key only sealed."""
-        with self._core.action(caller, "endpoint:work", step="lease") as act:
-            row = _active(act.connection, endpoint)
-            act.allow(_resource(row))
+        with self._core.action(caller, "endpoint:lease") as act:
+            row = _endpoint(act.connection, endpoint)
+            act.allow(resources.endpoint(row))
+            _require_active(row)
             model = load(act.connection, row.model, row.version)
-            if model.stage != "production":
+            if model.stage != PRODUCTION:
                 raise ConflictError(f"{row.model}@{row.version} is {model.stage}", "deploy the production version")
             act.details.update(model=f"{row.model}@{row.version}", root=model.root_digest)
-            evidence = self._models.evidence(act.connection, model)
+            evidence = self._models.evidence(model)
             sealed = self._models.sealed_key(model, public_key, purposes.model_lease(endpoint))
         return evidence | {"sealed": sealed, "blobs": self._blobs_url, "model": f"{row.model}@{row.version}"}
 
+    def changes(self, caller: Caller, endpoint: str, after: int, policy_version: int) -> dict[str, Any]:
+        """What a replica must know at once: dead tokens since `after`, token keys, the site's policies if they changed.
+
+        Returns `serving`: whether the endpoint may still answer.
+        """
+        with self._core.reading(caller, "endpoint:work") as act:
+            row = _endpoint(act.connection, endpoint)
+            act.allow(resources.endpoint(row))
+            model = load(act.connection, row.model, row.version)
+            dead = act.connection.execute(
+                select(revocations).where(revocations.c.sequence > after).order_by(revocations.c.sequence)
+            ).all()
+            version = self._core.rules.version(act.connection)
+            text = self._core.rules.text(act.connection, version) if version != policy_version else None
+            keys = self._sessions.public_keys(act.connection)
+        return {
+            "sequence": dead[-1].sequence if dead else after,
+            "revoked": [{"name": each.name, "epoch": each.epoch, "token_id": each.token_id} for each in dead],
+            "policy": None if text is None else {"version": version, "text": text},
+            "token_keys": {key_id: pem.decode() for key_id, pem in keys.items()},
+            "serving": row.state == "active" and model.stage == PRODUCTION,
+        }
+
     def quota_block(self, caller: Caller, endpoint: str, subject: str, wanted: int) -> dict[str, Any]:
         """Up to `wanted` answers for `subject` in the present window, debited before they are granted."""
-        with self._core.action(caller, "endpoint:work", step="quota", subject=subject[:63]) as act:
-            row = _active(act.connection, endpoint)
-            act.allow(_resource(row))
+        with self._core.action(caller, "endpoint:work", step="quota") as act:
+            row = _endpoint(act.connection, endpoint)
+            act.allow(resources.endpoint(row))
+            _require_active(row)
             now = self._core.clock()
             start = int(now) - int(now) % row.quota_window_s
             mine = (
@@ -115,6 +148,7 @@ class Endpoints:
             elif granted:
                 act.connection.execute(update(quota_windows).where(mine).values(granted=used + granted))
             act.outcome = "success" if granted else "denied"
+            act.details["subject"] = act.person(subject)
             act.details["granted"] = granted
         return {"granted": granted, "window_ends": start + row.quota_window_s}
 
@@ -126,12 +160,6 @@ def _endpoint(connection: Connection, endpoint: str) -> Any:
     return row
 
 
-def _active(connection: Connection, endpoint: str) -> Any:
-    row = _endpoint(connection, endpoint)
+def _require_active(row: Any) -> None:
     if row.state != "active":
         raise ConflictError("this endpoint was stopped", "deploy again: cloister serve deploy")
-    return row
-
-
-def _resource(row: Any) -> Resource:
-    return Resource(type="Endpoint", name=row.id, attributes={"model": row.model})

@@ -7,27 +7,25 @@ over exactly this model's digest, from distinct people, never its author.
 
 from __future__ import annotations
 
-import secrets
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from sqlalchemy import Connection, func, insert, select, update
 
-from cloister.authority.core import Action, Caller, Core, Resource
+from cloister.authority import resources
+from cloister.authority.approvals import Approvals
+from cloister.authority.core import Action, Caller, Core
 from cloister.authority.data import load as load_dataset
-from cloister.authority.runs import evaluation_epsilon, model_key_context, run_resource, settle
+from cloister.authority.runs import evaluation_epsilon, model_key_context, settle
 from cloister.authority.runs import load as load_run
 from cloister.canonical import b64, canonical_json, sha256_hex
 from cloister.datasets.manifest import DatasetManifest
-from cloister.errors import ApprovalMissingError, ConflictError, InputError, IntegrityError, NotFoundError
+from cloister.errors import ConflictError, InputError, IntegrityError, NotFoundError
 from cloister.models.manifest import MANIFEST_FILE, MODEL_FILE, ModelManifest
 from cloister.models.release import (
-    APPROVAL_LIFETIME_S,
-    APPROVAL_PREDICATE,
     APPROVERS_PREDICATE,
     PRODUCTION,
     PROVENANCE_PREDICATE,
-    REQUIRED_APPROVALS,
     model_seal_context,
     provenance_digest,
 )
@@ -35,16 +33,19 @@ from cloister.privacy.spec import TrainingSpec
 from cloister.sealing import purposes
 from cloister.sealing.lease import seal_to
 from cloister.signing import dsse, oms
-from cloister.signing.keys import ed25519_public_from_pem, key_id
 from cloister.stores.blobs import FolderBlobs, check_path
-from cloister.stores.database import approvals, identities, models, runs, votes
+from cloister.stores.tables import identities, models, runs
 
 
 class Models:
     """Registered models. `release_key` signs bundles, provenance and the list of approvers."""
 
-    def __init__(self, core: Core, release_key: EllipticCurvePrivateKey, blobs: FolderBlobs) -> None:
+    def __init__(
+        self, core: Core, approvals: Approvals, release_key: EllipticCurvePrivateKey, blobs: FolderBlobs
+    ) -> None:
         self._core = core
+        self._approvals = approvals
+        approvals.on_refused["promotion"] = _refuse
         self._blobs = blobs
         self._release_key = release_key
 
@@ -62,7 +63,7 @@ class Models:
         """
         with self._core.action(caller, "run:work", step="register") as act:
             row = load_run(act.connection, run)
-            act.allow(run_resource(row))
+            act.allow(resources.run(row))
             if row.state != "training" or row.steps_committed != row.plan["steps"]:
                 raise ConflictError(f"{run} is {row.state} after {row.steps_committed} steps", "submit a new run")
             manifest, spec = ModelManifest.from_bytes(manifest_bytes), TrainingSpec.parse(row.spec)
@@ -142,175 +143,35 @@ class Models:
 
         Raises:
             ApprovalMissingError: names the open request; the refusal is on record.
+            ConflictError: it is in production, or somebody refused it.
         """
-        missing = ""
         with self._core.action(caller, "model:promote") as act:
             row = load(act.connection, name, version)
-            act.allow(model_resource(row))
+            act.allow(resources.model(row))
             if row.stage not in ("candidate", "superseded"):  # superseded: back to a version that was good once
                 raise ConflictError(f"{name}@{version} is in {row.stage}", "list the models: cloister model list")
-            good, refused = self._votes(act.connection, row)
-            if refused:
-                raise ConflictError(
-                    f"{name}@{version} was refused by {', '.join(refused)}", "train a new version; a refusal is final"
-                )
-            if len(good) < REQUIRED_APPROVALS:
-                missing = self._request(act, row, caller)
-                act.outcome = "denied"
-                act.details.update(approval=missing, approvals=len(good), required=REQUIRED_APPROVALS)
-            else:
-                act.details["approvals"] = len(good)
-                mine = (models.c.name == name) & (models.c.version == version)
-                act.connection.execute(
-                    update(models)
-                    .where(models.c.name == name, models.c.stage == "production")
-                    .values(stage="superseded")
-                )
-                act.connection.execute(update(models).where(mine).values(stage="production"))
-        if missing:
-            raise ApprovalMissingError(
-                f"{name}@{version} has {len(good)} of {REQUIRED_APPROVALS} approvals that it needs",
-                f"a reviewer who is not its author runs: cloister approve {missing}",
+            details = {
+                "model": f"{name}@{version}",
+                "stage": PRODUCTION,
+                "provenance": provenance_digest(row.provenance),
+            }
+            _, good = self._approvals.demand(
+                act, "promotion", f"{name}@{version}", details, author=row.author, digest=row.root_digest,
+                next_step=f"promote it again: cloister model promote {name}@{version}",
+            )  # fmt: skip
+            act.connection.execute(
+                update(models).where(models.c.name == name, models.c.stage == "production").values(stage="superseded")
             )
+            release = {
+                "directory": self._directory(act.connection, row, good),
+                "approvals": [vote.envelope for vote in good],
+            }
+            mine = (models.c.name == name) & (models.c.version == version)
+            act.connection.execute(update(models).where(mine).values(stage="production", release=release))
         return {"model": f"{name}@{version}", "stage": "production", "approvals": [vote.person for vote in good]}
 
-    def _request(self, act: Action, row: Any, caller: Caller) -> str:
-        now = self._core.clock()
-        open_request = act.connection.execute(
-            select(approvals).where(
-                approvals.c.model == row.name, approvals.c.version == row.version,
-                approvals.c.root_digest == row.root_digest, approvals.c.expires > now,
-            )
-        ).first()  # fmt: skip
-        if open_request:
-            return str(open_request.id)
-        approval = "apr-" + secrets.token_hex(4)
-        act.connection.execute(
-            insert(approvals).values(
-                id=approval, model=row.name, version=row.version, root_digest=row.root_digest,
-                requested_by=caller.name, expires=now + APPROVAL_LIFETIME_S, created=now,
-            )
-        )  # fmt: skip
-        return approval
-
-    def _votes(self, connection: Connection, row: Any) -> tuple[list[Any], list[str]]:
-        """Unexpired approvals of this digest by people other than the author, and who refused it."""
-        query = (
-            select(votes)
-            .join(approvals, approvals.c.id == votes.c.approval)
-            .where(
-                approvals.c.model == row.name, approvals.c.version == row.version,
-                approvals.c.root_digest == row.root_digest, approvals.c.expires > self._core.clock(),
-            )
-        )  # fmt: skip
-        rows = connection.execute(query).all()
-        refused = sorted(vote.person for vote in rows if vote.decision != "approve")
-        good = {vote.person: vote for vote in rows if vote.decision == "approve" and vote.person != row.author}
-        return list(good.values()), refused
-
-    def approvals(self, caller: Caller) -> list[dict[str, Any]]:
-        """Requests that have not expired, with their votes."""
-        with self._core.unlogged(caller, "model:read") as act:
-            act.allow(Resource(type="Model", name="any", attributes={"author": "nobody", "stage": "candidate"}))
-            rows = act.connection.execute(
-                select(approvals).where(approvals.c.expires > self._core.clock()).order_by(approvals.c.created)
-            ).all()
-            return [self._approval(act.connection, row) for row in rows]
-
-    def _approval(self, connection: Connection, row: Any) -> dict[str, Any]:
-        cast = connection.execute(select(votes).where(votes.c.approval == row.id)).all()
-        return {
-            "approval": row.id,
-            "model": f"{row.model}@{row.version}",
-            "root_digest": row.root_digest,
-            "provenance": provenance_digest(load(connection, row.model, row.version).provenance),
-            "requested_by": row.requested_by,
-            "expires": row.expires,
-            "votes": [{"person": vote.person, "decision": vote.decision} for vote in cast],
-        }
-
-    def vote(self, caller: Caller, approval: str, envelope: dict[str, Any]) -> dict[str, Any]:
-        """Take a reviewer's signed decision.
-
-        Raises:
-            PermissionDeniedError: the author, or not a reviewer.
-            IntegrityError: not signed by the caller's own key, or about something else.
-        """
-        with self._core.action(caller, "model:approve", approval=approval[:40]) as act:
-            request = act.connection.execute(select(approvals).where(approvals.c.id == approval)).one_or_none()
-            if request is None or request.expires <= self._core.clock():
-                raise NotFoundError("there is no such open approval", "list them: cloister approvals list")
-            row = load(act.connection, request.model, request.version)
-            act.allow(model_resource(row))
-            person = act.connection.execute(select(identities).where(identities.c.name == caller.name)).one()
-            public = person.public_key.encode()
-            verified = dsse.verify(
-                envelope, {key_id(public): ed25519_public_from_pem(public)}, predicate_type=APPROVAL_PREDICATE,
-                subject_digest=request.root_digest,
-            )  # fmt: skip
-            said = verified.predicate
-            about = {name: said.get(name) for name in ("approval", "person", "stage", "expires", "provenance")}
-            if about != {
-                "approval": approval,
-                "person": caller.name,
-                "stage": PRODUCTION,
-                "expires": int(request.expires),
-                "provenance": provenance_digest(row.provenance),
-            }:
-                raise IntegrityError("the signed decision is about another request", "run cloister approve again")
-            decision = said.get("decision")
-            if decision not in ("approve", "deny"):
-                raise InputError("a decision is 'approve' or 'deny'", "run cloister approve or cloister deny")
-            if act.connection.execute(
-                select(votes).where(votes.c.approval == approval, votes.c.person == caller.name)
-            ).first():
-                raise ConflictError("you have decided on this already", "a decision is final; ask for a new request")
-            act.details.update(decision=decision, root=request.root_digest)
-            act.connection.execute(
-                insert(votes).values(
-                    approval=approval,
-                    person=caller.name,
-                    decision=decision,
-                    envelope=envelope,
-                    created=self._core.clock(),
-                )
-            )
-            if decision == "deny":  # also takes a model out of production: leases and exports end with it
-                mine = (models.c.name == row.name) & (models.c.version == row.version)
-                act.connection.execute(update(models).where(mine).values(stage="refused"))
-            return self._approval(act.connection, request)
-
-    def list(self, caller: Caller) -> list[dict[str, Any]]:
-        with self._core.unlogged(caller, "model:read") as act:
-            act.allow(Resource(type="Model", name="any", attributes={"author": "nobody", "stage": "candidate"}))
-            rows = act.connection.execute(select(models).order_by(models.c.name, models.c.version)).all()
-        return [_public(row) for row in rows]
-
-    def show(self, caller: Caller, name: str, version: int) -> dict[str, Any]:
-        """Everything that is public about a model: manifest, bundle, provenance, approvals."""
-        with self._core.unlogged(caller, "model:read") as act:
-            row = load(act.connection, name, version)
-            act.allow(model_resource(row))
-            return _public(row) | self.evidence(act.connection, row)
-
-    def export(self, caller: Caller, name: str, version: int, public_key: bytes) -> dict[str, Any]:
-        """Evidence and sealed key of a production model, for a copy outside Cloister. A disclosure, so on record."""
-        with self._core.action(caller, "model:export") as act:
-            row = load(act.connection, name, version)
-            act.allow(model_resource(row))
-            act.details["root"] = row.root_digest
-            return self.evidence(act.connection, row) | {
-                "sealed": self.sealed_key(row, public_key, purposes.model_export(name, version))
-            }
-
-    def sealed_key(self, row: Any, public_key: bytes, info: bytes) -> str:
-        """The model's key, sealed to its receiver (HPKE), as base64."""
-        key = self._core.keys.unwrap(row.model_key, model_key_context(row.run))
-        return b64(seal_to(public_key, canonical_json({"model_key": b64(key)}), info))
-
-    def evidence(self, connection: Connection, row: Any) -> dict[str, Any]:
-        """What a replica needs to verify a release by itself, except the model's bytes and key."""
-        good, _ = self._votes(connection, row)
+    def _directory(self, connection: Connection, row: Any, good: list[Any]) -> dict[str, Any]:
+        """Author and approvers with their keys, signed: whom a replica believes."""
         people = [row.author, *(vote.person for vote in good)]
         found = {
             person.name: person
@@ -320,19 +181,56 @@ class Models:
             "author": _person(found[row.author]),
             "approvers": [_person(found[vote.person]) for vote in good],
         }
-        directory = dsse.sign(
-            dsse.statement(row.name, row.root_digest, APPROVERS_PREDICATE, predicate), self._release_key
-        )
+        return dsse.sign(dsse.statement(row.name, row.root_digest, APPROVERS_PREDICATE, predicate), self._release_key)
+
+    def list(self, caller: Caller) -> list[dict[str, Any]]:
+        with self._core.reading(caller, "model:read") as act:
+            act.allow(resources.ANY_MODEL)
+            rows = act.connection.execute(select(models).order_by(models.c.name, models.c.version)).all()
+        return [_public(row) for row in rows]
+
+    def show(self, caller: Caller, name: str, version: int) -> dict[str, Any]:
+        """Everything that is public about a model: manifest, bundle, provenance, approvals."""
+        with self._core.reading(caller, "model:read") as act:
+            row = load(act.connection, name, version)
+            act.allow(resources.model(row))
+            return _public(row) | self.evidence(row)
+
+    def export(self, caller: Caller, name: str, version: int, public_key: bytes) -> dict[str, Any]:
+        """Evidence and sealed key of a production model, for a copy outside Cloister. A disclosure, so on record."""
+        with self._core.action(caller, "model:export") as act:
+            row = load(act.connection, name, version)
+            act.allow(resources.model(row))
+            act.details["root"] = row.root_digest
+            return self.evidence(row) | {
+                "sealed": self.sealed_key(row, public_key, purposes.model_export(name, version))
+            }
+
+    def sealed_key(self, row: Any, public_key: bytes, info: bytes) -> str:
+        """The model's key, sealed to its receiver (HPKE), as base64."""
+        key = self._core.keys.unwrap(row.model_key, model_key_context(row.run))
+        return b64(seal_to(public_key, canonical_json({"model_key": b64(key)}), info))
+
+    def evidence(self, row: Any) -> dict[str, Any]:
+        """What a replica needs to verify a release by itself, except the model's bytes and key."""
+        release = row.release or {"directory": None, "approvals": []}
         return {
             "manifest": b64(row.manifest),
             "bundle": b64(row.bundle),
             "provenance": row.provenance,
-            "directory": directory,
-            "approvals": [vote.envelope for vote in good],
+            "directory": release["directory"],
+            "approvals": release["approvals"],
             "blob": row.blob,
             "blob_sha256": row.blob_sha256,
             "seal_context": row.seal_context,
         }
+
+
+def _refuse(act: Action, request: Any) -> None:
+    """A refusal also takes a model out of production: leases and exports end with it."""
+    name, _, version = request.subject.partition("@")
+    mine = (models.c.name == name) & (models.c.version == int(version))
+    act.connection.execute(update(models).where(mine).values(stage="refused"))
 
 
 def load(connection: Connection, name: str, version: int) -> Any:
@@ -359,11 +257,6 @@ def production(connection: Connection, name: str) -> Any:
             f"no version of {name[:63]} is in production", f"promote one: cloister model promote {name[:63]}@1"
         )
     return row
-
-
-def model_resource(row: Any) -> Resource:
-    attributes = {"author": row.author, "stage": row.stage}
-    return Resource(type="Model", name=f"{row.name}@{row.version}", attributes=attributes)
 
 
 def _person(row: Any) -> dict[str, Any]:

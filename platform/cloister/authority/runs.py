@@ -4,8 +4,8 @@ Guarantees: a run is accepted only if the dataset's budget pays for its whole pl
 given out; each rank gets its data keys once, HPKE-sealed to its one-time key, after the grant is on record; a block
 of steps is committed before its noise is released, so when a run ends for whatever reason it is charged for every
 step that can have been seen, and never for less.
-Not guaranteed: that a worker runs the code whose digest it states. Whoever holds a run's key can ask for its leases:
-keep the machine that holds the run's folder out of the engineer's hands (assurance level L0: software only).
+A lease needs the run's key *and* a registered node's certificate, of the dataset's region. Not guaranteed: that a
+worker runs the code whose digest it states, if whoever controls its node lies (assurance level L0: software only).
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from typing import Any
 
 from sqlalchemy import Connection, insert, select, update
 
+from cloister.authority import resources
+from cloister.authority.approvals import Approvals
 from cloister.authority.core import Action, Caller, Core, Resource
-from cloister.authority.data import budget_state, dataset_resource, key_context, owner_key
+from cloister.authority.data import key_context
 from cloister.authority.data import load as load_dataset
 from cloister.authority.identity import add_identity
-from cloister.canonical import b64, canonical_json
+from cloister.authority.ledger import budget_state
+from cloister.canonical import b64, canonical_json, sha256_hex
 from cloister.datasets.manifest import DatasetManifest, parse_reference
 from cloister.datasets.schema import Column, DatasetSchema
 from cloister.errors import BudgetError, ConflictError, InputError, NotFoundError, PermissionDeniedError
@@ -31,7 +34,7 @@ from cloister.privacy.spec import TrainingSpec
 from cloister.sealing import purposes
 from cloister.sealing.envelope import new_key
 from cloister.sealing.lease import seal_to
-from cloister.stores.database import data_keys, leases, runs
+from cloister.stores.tables import data_keys, leases, runs
 
 # Accounting takes a core for seconds and up to a gigabyte: one at a time, whoever asks.
 _ACCOUNTING = threading.Lock()
@@ -43,17 +46,19 @@ MAX_STEPS = 50_000  # accounting for this many takes about 20 s of a core, insid
 class Runs:
     """Plans, runs, leases and what they cost."""
 
-    def __init__(self, core: Core, blobs_url: str) -> None:
+    def __init__(self, core: Core, approvals: Approvals, blobs_url: str) -> None:
         self._core = core
+        self._approvals = approvals
         self._blobs_url = blobs_url
 
     def plan(self, caller: Caller, spec_value: dict[str, Any]) -> dict[str, Any]:
         """What a run would cost. Reads the manifest's public facts, never data."""
         spec = TrainingSpec.parse(spec_value)
         with self._core.action(caller, "train:plan", epsilon=spec.privacy.epsilon) as act:
-            manifest = self._manifest(act, spec)
+            manifest, row = self._manifest(act, spec)
+            resource = act.resource
         plan = _plan(spec, manifest.rows("train"))
-        with self._core.database.transaction() as connection:
+        with self._core.database.reading() as connection:
             budget = budget_state(connection, manifest.name)
         return {
             "spec": spec.to_dict(),
@@ -61,6 +66,8 @@ class Runs:
             "budget_before": budget["epsilon_left"],
             "budget_after": budget["epsilon_left"] - plan.epsilon,
             "affordable": _affordable(budget, plan),
+            "approvals": self._approvals_needed(resource),
+            "owner": row.owner,
             "holdout_rows": manifest.rows("holdout"),
             "columns": [column.name for column in _columns(spec, manifest)[0]],
         }
@@ -70,15 +77,17 @@ class Runs:
 
         Raises:
             BudgetError: the dataset's budget cannot pay for the plan.
+            ApprovalMissingError: the data is of a sensitive class, and not enough others approved exactly this run.
         """
         spec = TrainingSpec.parse(spec_value)
-        with self._core.unlogged(caller, "train:submit") as act:
-            manifest = self._manifest(act, spec)
+        with self._core.reading(caller, "train:submit") as act:
+            manifest, _ = self._manifest(act, spec)
         plan = _plan(spec, manifest.rows("train"))  # seconds of arithmetic: outside the transaction
         run = "run-" + secrets.token_hex(5)
         with self._core.action(caller, "train:submit", run=run, epsilon=plan.epsilon, code=code_digest[:80]) as act:
-            self._manifest(act, spec)
+            _, dataset = self._manifest(act, spec)
             _require_budget(budget_state(act.connection, manifest.name), plan)
+            approval = self._approve(act, spec, plan, dataset, code_digest)
             now = self._core.clock()
             model_key = self._core.keys.wrap(new_key(), model_key_context(run))
             act.connection.execute(
@@ -90,6 +99,8 @@ class Runs:
                     spec=spec.to_dict(),
                     plan=plan.to_dict(),
                     code_digest=code_digest,
+                    approval=approval,
+                    attributes=_attributes(act.resource),
                     state="submitted",
                     steps_committed=0,
                     steps_done=0,
@@ -99,8 +110,27 @@ class Runs:
                     created=now,
                 )
             )
-            add_identity(act.connection, run, ["run"], public_key, caller.name, now)
+            add_identity(act.connection, run, ["run"], public_key, caller.name, now, kind="run")
         return {"run": run, "plan": plan.to_dict(), "spec": spec.to_dict()}
+
+    def _approvals_needed(self, resource: Resource | None) -> int:
+        required = self._approvals.required
+        sensitive = resource is not None and resource.attributes["class"] in required.training_classes
+        return required.training if sensitive else 0
+
+    def _approve(self, act: Action, spec: TrainingSpec, plan: PrivacyPlan, dataset: Any, code: str) -> str | None:
+        if not self._approvals_needed(act.resource):
+            return None
+        wanted = spec.to_dict()
+        details = {
+            "dataset": spec.dataset, "manifest": dataset.manifest_digest, "spec": wanted, "code": code,
+            "epsilon": plan.epsilon, "delta": plan.delta, "purpose": spec.purpose,
+        }  # fmt: skip
+        subject = f"training {spec.model_name} on {spec.dataset}, spec {sha256_hex(canonical_json(wanted))[:8]}"
+        approval, _ = self._approvals.demand(
+            act, "training", subject, details, owner=dataset.owner, next_step="submit it again: cloister train submit"
+        )
+        return approval
 
     def lease(self, caller: Caller, run: str, rank: int, public_key: bytes, code_digest: str) -> dict[str, Any]:
         """Give rank `rank` the keys of its own shards, sealed to its one-time key.
@@ -109,9 +139,9 @@ class Runs:
             ConflictError: the run is over, or this rank has had its lease.
             PermissionDeniedError: the worker runs other code than was submitted.
         """
-        with self._core.action(caller, "run:work", step="lease", rank=rank) as act:
+        with self._core.action(caller, "run:lease", rank=rank) as act:
             row = load(act.connection, run)
-            act.allow(run_resource(row))
+            act.allow(resources.run(row))
             if code_digest != row.code_digest:
                 raise PermissionDeniedError(
                     "the worker's code is not the code that was submitted", "submit the run again"
@@ -129,7 +159,6 @@ class Runs:
                 )
             dataset = load_dataset(act.connection, row.dataset, row.version)
             manifest = DatasetManifest.parse(dataset.manifest)
-            signer = owner_key(act.connection, dataset)
             keys = self._shard_keys(act.connection, manifest, spec, rank)
             payload: dict[str, Any] = {"keys": {name: b64(key) for name, key in keys.items()}}
             if rank == 0:
@@ -138,11 +167,11 @@ class Runs:
             act.connection.execute(insert(leases).values(run=run, rank=rank, created=self._core.clock()))
             act.connection.execute(update(runs).where(runs.c.id == run).values(state="training"))
             sealed = seal_to(public_key, canonical_json(payload), purposes.training_lease(run, rank))
-        self._core.anchor()
+        self._core.anchor(act)
         return {
             "sealed": b64(sealed),
             "manifest": dataset.envelope,
-            "owner_key": signer,
+            "owner_key": dataset.owner_key,
             "spec": row.spec,
             "plan": row.plan,
             "blobs": self._blobs_url,
@@ -160,14 +189,11 @@ class Runs:
         features, label = _columns(spec, manifest)
         wanted = {column.sensitivity for column in (*features, label)} - {"restricted"}
         names = {file.key_name for file in manifest.files if file.shard in mine and file.sensitivity in wanted}
-        rows = connection.execute(
-            select(data_keys).where(data_keys.c.name == manifest.name, data_keys.c.version == manifest.version)
-        )
-        return {
-            row.file: self._core.keys.unwrap(row.wrapped, key_context(manifest, row.file))
-            for row in rows
-            if row.file in names
-        }
+        of_version = (data_keys.c.name == manifest.name) & (data_keys.c.version == manifest.version)
+        rows = connection.execute(select(data_keys).where(of_version, data_keys.c.file.in_(names))).all()
+        if len(rows) != len(names):
+            raise ConflictError(f"the keys of {manifest.name}@{manifest.version} were destroyed", "seal the data again")
+        return {row.file: self._core.keys.unwrap(row.wrapped, key_context(manifest, row.file)) for row in rows}
 
     def commit_block(self, caller: Caller, run: str, first: int, last: int) -> dict[str, Any]:
         """Put steps `first`…`last` on record. Only after this returns may their noise be released.
@@ -177,7 +203,7 @@ class Runs:
         """
         with self._core.action(caller, "run:work", step="block", first=first, last=last) as act:
             row = load(act.connection, run)
-            act.allow(run_resource(row))
+            act.allow(resources.run(row))
             if row.state != "training":
                 raise ConflictError(f"{run} is {row.state}", "stop this worker")
             if first != row.steps_committed or not first < last <= row.plan["steps"]:
@@ -189,7 +215,7 @@ class Runs:
         """What people watch: steps, and planned rows over measured time. Realised batch sizes stay in the worker."""
         with self._core.unlogged(caller, "run:work") as act:
             row = load(act.connection, run)
-            act.allow(run_resource(row))
+            act.allow(resources.run(row))
             if row.state != "training":
                 raise ConflictError(f"{run} is {row.state}", "stop this worker")
             if not 0 <= steps_done <= row.steps_committed:
@@ -202,7 +228,7 @@ class Runs:
         self._settle_beforehand(run)
         with self._core.action(caller, "run:work", step="fail", error=str(error.get("kind", ""))[:80]) as act:
             row = load(act.connection, run)
-            act.allow(run_resource(row))
+            act.allow(resources.run(row))
             kept = {name: str(error.get(name, ""))[:500] for name in ("error", "hint", "kind")}
             return self._end(act, row, "failed", kept)
 
@@ -211,12 +237,12 @@ class Runs:
         self._settle_beforehand(run)
         with self._core.action(caller, "run:stop") as act:
             row = load(act.connection, run)
-            act.allow(run_resource(row))
+            act.allow(resources.run(row))
             return self._end(act, row, "stopped", None)
 
     def _settle_beforehand(self, run: str) -> None:
         """Accounting takes seconds and is remembered: done here, it does not hold the database's write lock."""
-        with self._core.database.transaction() as connection:
+        with self._core.database.reading() as connection:
             row = load(connection, run)
         settle(row.plan, row.steps_committed)
 
@@ -234,23 +260,26 @@ class Runs:
 
     def show(self, caller: Caller, run: str) -> dict[str, Any]:
         """State, steps and epsilon spent so far."""
-        with self._core.unlogged(caller, "run:read") as act:
+        with self._core.reading(caller, "run:read") as act:
             row = load(act.connection, run)
-            act.allow(run_resource(row))
+            act.allow(resources.run(row))
         return _public(row) | {"epsilon_spent": settle(row.plan, row.steps_committed)[0]}
 
     def list(self, caller: Caller) -> list[dict[str, Any]]:
-        with self._core.unlogged(caller, "run:read") as act:
+        with self._core.reading(caller, "run:read") as act:
             rows = act.connection.execute(select(runs).order_by(runs.c.created.desc()).limit(100)).all()
-            act.allow(Resource(type="Run", name="any", attributes={"author": caller.name}))
+            act.allow(resources.any_run(caller.name))
         return [_public(row) for row in rows]
 
-    def _manifest(self, act: Action, spec: TrainingSpec) -> DatasetManifest:
+    def _manifest(self, act: Action, spec: TrainingSpec) -> tuple[DatasetManifest, Any]:
+        """The dataset that a spec means, once policy allows its use: asked about the classes of the columns used."""
         name, version = parse_reference(spec.dataset)
         row = load_dataset(act.connection, name, version)
-        act.allow(dataset_resource(spec.dataset, row.owner))
+        act.allow(resources.dataset(act.connection, row), "dataset:read")  # before it is told which columns there are
         manifest = DatasetManifest.parse(row.manifest)
-        _columns(spec, manifest)
+        features, label = _columns(spec, manifest)
+        used = [column.sensitivity for column in (*features, label)]
+        act.allow(resources.dataset(act.connection, row, used))
         if manifest.rows("holdout") == 0:
             raise InputError(f"{spec.dataset} has no holdout rows to evaluate on", "seal it with --holdout 0.2")
         if spec.resources.gpus_per_worker:
@@ -270,7 +299,13 @@ class Runs:
                 f"{spec.resources.workers} workers cannot share {len(manifest.shards('train'))} shards",
                 "ask for fewer workers, or seal with more --shards",
             )
-        return manifest
+        return manifest, row
+
+
+def _attributes(resource: Resource | None) -> dict[str, Any]:
+    """What policy needs to know of a run about its dataset."""
+    known = resource.attributes if resource else {}
+    return {name: known[name] for name in ("owner", "region", "purpose", "class")}
 
 
 def _plan(spec: TrainingSpec, rows: int) -> PrivacyPlan:
@@ -359,10 +394,6 @@ def load(connection: Connection, run: str) -> Any:
     if row is None:
         raise NotFoundError(f"there is no run {run[:40]}", "list them: cloister train list")
     return row
-
-
-def run_resource(row: Any) -> Resource:
-    return Resource(type="Run", name=row.id, attributes={"author": row.author})
 
 
 def model_key_context(run: str) -> bytes:

@@ -73,8 +73,13 @@ class Context:
         """As `client`, for the authority at `url`, under the CA that this machine has pinned."""
         from cloister.client.authority import AuthorityClient
 
-        ca = self.home.client / "ca.pem"
-        return AuthorityClient(url, ca_path=ca, name=self.name(), private_key_pem=self.private_key())
+        ca, name = self.home.client / "ca.pem", self.name()
+        session = session_file(self.home, name)
+        if session.exists():
+            from cloister.client.session import Session
+
+            return AuthorityClient(url, ca_path=ca, name=name, credential=Session(session))
+        return AuthorityClient(url, ca_path=ca, name=name, private_key_pem=self.private_key())
 
     def pinned(self) -> dict[str, Any]:
         """The authority's public keys, as they were when this machine first trusted it (`/v1/info`)."""
@@ -90,6 +95,11 @@ def key_file(home: Home, name: str) -> Path:
     if not name or not all(letter.isalnum() or letter in "._-" for letter in name) or name.startswith("."):
         raise InputError("a name has letters, digits, '.', '_' and '-' only", "choose another name")
     return home.identities / f"{name}.key"
+
+
+def session_file(home: Home, name: str) -> Path:
+    """Where the session of `name` is kept, if they logged in at an issuer."""
+    return key_file(home, name).with_suffix(".session")
 
 
 def authority_address(home: Home) -> tuple[str, Path]:

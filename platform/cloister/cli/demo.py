@@ -173,6 +173,10 @@ def _tell(story: Story) -> None:
 
     story.chapter("5  Ed trains: a fresh Ray cluster, two workers, DP-SGD")
     story.start_baseline()
+    story.refused("training on confidential data without an approval", 403, "ed", "train", "submit", spec)
+    approval = story.run("olga", "approvals", "list")[0]["approval"]
+    story.refused("the author's own approval", 403, "ed", "approve", approval)
+    story.run("olga", "approve", approval)
     run = story.run("ed", "train", "submit", spec)["run"]
     shown = story.watch("ed", "train", "watch", run)
     output.say(f"    {shown['steps_done']} steps at {shown['rows_per_s']:,.0f} rows/s; epsilon "
@@ -198,7 +202,7 @@ def _tell(story: Story) -> None:
     _ask(story, deployed)
 
     story.chapter("9  The log proves itself, offline")
-    export = str(story.home / "log.json")
+    export = str(story.home / "log.jsonl")
     story.run("operator", "audit", "export", export)
     story.run("operator", "down")
     facts["log"] = story.run("operator", "audit", "verify", export)
@@ -266,10 +270,10 @@ def _renamed(story: Story, data: str) -> str:
 
 
 def _shortened(export: str) -> str:
-    exported = json.loads(Path(export).read_text())
-    del exported["entries"][len(exported["entries"]) // 2]
-    path = Path(export).with_name("shortened.json")
-    path.write_text(json.dumps(exported))
+    lines = Path(export).read_bytes().splitlines(keepends=True)
+    del lines[len(lines) // 2]
+    path = Path(export).with_name("shortened.jsonl")
+    path.write_bytes(b"".join(lines))
     return str(path)
 
 

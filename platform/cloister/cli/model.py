@@ -1,16 +1,14 @@
-"""`cloister model | approvals | approve | deny`."""
+"""`cloister model`."""
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
-from typing import Any
 
 import click
 
 from cloister.cli import output
-from cloister.cli.context import NAME, Context, common
-from cloister.errors import ConflictError, IntegrityError, NotFoundError
+from cloister.cli.context import Context, common
+from cloister.errors import ConflictError, IntegrityError
 
 
 def _reference(text: str) -> tuple[str, int]:
@@ -136,69 +134,3 @@ def export(context: Context, name: str, folder: Path) -> None:
         f"Check it with the reference verifier: model_signing verify key {folder}/model "
         f"--signature {folder}/model.sig --public_key {folder}/release.pub"
     )
-
-
-@click.group()
-def approvals() -> None:
-    """List what waits for approval."""
-
-
-@approvals.command(name="list")
-@common
-def list_approvals(context: Context) -> None:
-    """List open approval requests."""
-    rows = context.client().get("/v1/approvals")
-    if context.json:
-        output.value(rows)
-        return
-    cells = [
-        (
-            r["approval"],
-            r["model"],
-            r["requested_by"],
-            [f"{v['person']}: {v['decision']}" for v in r["votes"]] or "none",
-        )
-        for r in rows
-    ]
-    output.table(("approval", "model", "requested by", "votes"), cells, empty="Nothing waits for approval.")
-
-
-@click.command()
-@click.argument("approval", type=NAME)
-@common
-def approve(context: Context, approval: str) -> None:
-    """Approve a model for production, signed with your own key over exactly this model."""
-    _vote(context, approval, "approve")
-
-
-@click.command()
-@click.argument("approval", type=NAME)
-@common
-def deny(context: Context, approval: str) -> None:
-    """Refuse a model, signed with your own key. One refusal outweighs any number of approvals."""
-    _vote(context, approval, "deny")
-
-
-def _vote(context: Context, approval: str, decision: str) -> None:
-    from cloister.models.release import APPROVAL_PREDICATE, PRODUCTION
-    from cloister.signing import dsse
-    from cloister.signing.keys import ed25519_from_pem
-
-    client = context.client()
-    request: dict[str, Any] | None = next((r for r in client.get("/v1/approvals") if r["approval"] == approval), None)
-    if request is None:
-        raise NotFoundError(f"there is no open approval {approval[:40]}", "list them: cloister approvals list")
-    predicate = {
-        "approval": approval, "person": context.name(), "decision": decision, "stage": PRODUCTION,
-        "provenance": request["provenance"], "expires": int(request["expires"]), "time": int(time.time()),
-    }  # fmt: skip
-    statement = dsse.statement(request["model"], request["root_digest"], APPROVAL_PREDICATE, predicate)
-    envelope = dsse.sign(statement, ed25519_from_pem(context.private_key()))
-    shown = client.post(f"/v1/approvals/{approval}/votes", {"envelope": envelope})
-    if context.json:
-        output.value(shown)
-    elif decision == "approve":
-        output.say(f"You approved {shown['model']} ({shown['root_digest'][:16]}…).")
-        output.say(f"Next, its author runs: cloister model promote {shown['model']}")
-    else:
-        output.say(f"You refused {shown['model']}: it is not in production, and cannot be promoted.")

@@ -19,6 +19,7 @@ from cloister.stores.files import private_directory, write_atomic, write_json
 from cloister.stores.home import Home
 
 OPERATOR = "operator"
+NODE = "local"
 START_TIMEOUT_S = 30.0
 SHM = "/dev/shm"  # noqa: S108  (where Ray clusters live, below a folder of their own)
 
@@ -26,8 +27,9 @@ SHM = "/dev/shm"  # noqa: S108  (where Ray clusters live, below a folder of thei
 @click.command()
 @click.option("--host", help="Address to listen on.  [default: 127.0.0.1]")
 @click.option("--port", type=click.IntRange(1, 65535), help="Port to listen on.  [default: 8470]")
+@click.option("--region", help="Where this machine is: only data of this region is opened on it.  [default: eu]")
 @common
-def up(context: Context, host: str | None, port: int | None) -> None:
+def up(context: Context, host: str | None, port: int | None, region: str | None) -> None:
     """Start the authority on this machine.
 
     The first start makes its keys, its CA and your first identity, `operator`.
@@ -35,7 +37,8 @@ def up(context: Context, host: str | None, port: int | None) -> None:
     home = context.home.make()
     settings = Settings.load(home).authority
     settings = AuthoritySettings.model_validate(
-        settings.model_dump() | {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+        settings.model_dump()
+        | {name: value for name, value in (("host", host), ("port", port), ("region", region)) if value is not None}
     )
     settings.require_safe()
     shown = start_authority(home, settings)
@@ -43,7 +46,8 @@ def up(context: Context, host: str | None, port: int | None) -> None:
     if context.json:
         output.value(shown)
     elif shown["started"]:
-        output.say(f"The authority is up at {shown['url']} (TLS, own CA, embedded keys, SQLite).")
+        state = "PostgreSQL" if settings.database else "SQLite"
+        output.say(f"The authority is up at {shown['url']} (TLS, own CA, embedded keys, {state}).")
         output.say("Protected now: keys rest encrypted, every call is authenticated, every grant is logged.")
         output.say("Not protected: from whoever controls this machine or this home (assurance level L0).")
         output.say("Next: cloister identity add NAME --role data-owner|engineer|reviewer|consumer")
@@ -64,12 +68,10 @@ def start_authority(home: Home, settings: AuthoritySettings) -> dict[str, Any]:
     require_free_port(settings.host, settings.port)
     public = _operator_key(home)
     private_directory(home.authority)
-    arguments = [str(home.authority), "--host", settings.host, "--port", str(settings.port), "--operator", OPERATOR,
+    write_atomic(home.authority / "settings.json", settings.model_dump_json(indent=2).encode())
+    arguments = [str(home.authority), "--settings", str(home.authority / "settings.json"), "--operator", OPERATOR,
                  "--operator-key", str(public)]  # fmt: skip
-    ca = home.authority / "ca.pem"
-    if settings.tls_certificate and settings.tls_key:
-        arguments += ["--tls-certificate", str(settings.tls_certificate), "--tls-key", str(settings.tls_key)]
-        ca = settings.tls_certificate
+    ca = settings.tls_certificate or home.authority / "ca.pem"
     daemon.start("cloister.authority", arguments)
     with output.progress("starting the authority"):
         daemon.wait_ready(START_TIMEOUT_S, what="the authority")
@@ -82,7 +84,24 @@ def start_authority(home: Home, settings: AuthoritySettings) -> dict[str, Any]:
     current = home.identities / "current"
     if not current.exists():
         write_atomic(current, OPERATOR.encode())
+    _register_this_machine(home, url, settings.region)
     return {"url": url, "started": True}
+
+
+def _register_this_machine(home: Home, url: str, region: str) -> None:
+    """What is started on this machine runs on a node: this one, under the name `local`."""
+    from cloister.client.node import NodeFolder
+
+    folder = NodeFolder(home.node)
+    if folder.exists:
+        return
+    body = {"name": NODE, "public_key": folder.make(NODE), "region": region}
+    with contextlib.closing(Context(home, OPERATOR, False).client_of(url)) as client:
+        try:
+            client.post("/v1/nodes", body)
+        except CloisterError:
+            (folder.directory / "node.json").unlink()  # or the next start would believe that it is registered
+            raise
 
 
 def _known_url(home: Home) -> str | None:
@@ -156,6 +175,8 @@ def _findings(home: Home) -> Any:
     daemon = Daemon(home.authority / "daemon")
     runs = daemon.process() is not None
     yield "authority", "good" if runs else "off", _known_url(home) or "not started: cloister up"
+    if runs:
+        yield from _findings_of_authority(home)
     for name, path in (("home", home.path), ("authority", home.authority), ("identities", home.identities)):
         if path.exists():
             closed = not path.stat().st_mode & 0o077
@@ -179,6 +200,28 @@ def _findings(home: Home) -> Any:
         elif daemon.status()["state"] == "ready":
             yield f"run {directory.name}", "bad", f"its supervisor is gone: cloister train watch {directory.name}"
     yield "assurance", "L0", "software only: whoever controls a worker's machine sees what the worker sees"
+
+
+def _findings_of_authority(home: Home) -> Any:
+    """What only the authority knows, and tells anybody."""
+    from cloister.client.node import NodeFolder
+    from cloister.signing.certificates import remaining
+
+    url = _known_url(home) or ""
+    with contextlib.closing(Context(home, OPERATOR, False).client_of(url)) as client:
+        shown = client.public("/v1/checkpoint")
+        issuers = client.public("/v1/info")["issuers"]
+    size, cosigned = int(shown["note"].splitlines()[1]), shown["cosigned"]
+    if cosigned:
+        yield "witnesses", "good", f"{cosigned.splitlines()[1]} of {size} entries of the log are cosigned"
+    else:
+        yield "witnesses", "weak", "nobody would notice a log that was rewritten: cloister audit witness DIR, elsewhere"
+    logins = "keys of their own" + "".join(f", {each['issuer']}" for each in issuers)
+    yield "logins", "good", f"{logins}; no passwords; tokens of ten minutes"
+    certificate = NodeFolder(home.node).directory / "tls.pem"
+    if certificate.exists():
+        left = remaining(certificate.read_bytes())
+        yield "node certificate", "good" if left > 0 else "weak", f"{max(0.0, left) * 24:.0f} of 24 hours left"
 
 
 def _swap_bytes() -> int:

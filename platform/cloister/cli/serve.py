@@ -72,6 +72,7 @@ def deploy(context: Context, model: str, port: int, replicas: int, quota: tuple[
         model=model,
         authority_url=url,
         authority_ca=ca.read_bytes(),
+        node=str(context.home.node),
         port=port,
         replicas=replicas,
         quota_block=max(1, min(1000, quota[0] // (4 * replicas))),

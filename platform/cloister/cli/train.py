@@ -44,6 +44,8 @@ def plan(context: Context, spec: Path) -> None:
         output.value(shown)
         return
     p = shown["plan"]
+    needed = shown["approvals"]
+    approvals = f"{needed}, not yours, to train (a reviewer's or {shown['owner']}'s)" if needed else "none to train"
     output.facts({
         "dataset": f"{shown['spec']['dataset']}, {p['rows']:,} training rows, {shown['holdout_rows']:,} holdout rows",
         "columns": shown["columns"],
@@ -52,7 +54,7 @@ def plan(context: Context, spec: Path) -> None:
         "steps": f"{p['steps']} at sample rate {p['sample_rate']:.5f}, clipping norm {p['max_grad_norm']:g}",
         "budget": f"epsilon {shown['budget_before']:.3f} before, {shown['budget_after']:.3f} after",
         "verdict": "the budget pays for it" if shown["affordable"] else "the budget does not pay for it",
-        "approvals": "none needed to train; one, not yours, to release",
+        "approvals": approvals,
     })  # fmt: skip
     output.say("No data was touched." + (f" Next: cloister train submit {spec}" if shown["affordable"] else ""))
 
@@ -110,6 +112,7 @@ def _start(context: Context, shown: dict[str, Any], jobs: Path, run_key: bytes, 
         authority_url=url,
         authority_ca=str(ca),
         jobs=str(jobs),
+        node=str(context.home.node),
     )
     folder.write(run_key)
     daemon = Daemon(folder.directory / "driver")

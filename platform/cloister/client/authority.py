@@ -1,24 +1,27 @@
 """Talking to the authority: as a person, a run or an endpoint, always by the caller's own key.
 
-Guarantees: TLS 1.3 against the pinned CA only, no redirects, no proxy from the environment; access tokens are fetched
-with a signed assertion and live in memory; refusals are raised as the error that the authority described; keys that
+Guarantees: TLS 1.3 against the pinned CA only, no redirects, no proxy from the environment; with a node, mutual TLS by
+its certificate, renewed while this runs; access tokens live in memory, and one that ended early is replaced once;
+refusals are raised as the error that the authority described; keys that
 arrive are HPKE-sealed to a key made here for one answer.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import ssl
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 
 from cloister.canonical import b64, sha256_hex, unb64
+from cloister.client.node import NodeFolder
 from cloister.errors import InputError, IntegrityError, UnavailableError, from_dict
 from cloister.sealing import purposes
 from cloister.sealing.lease import OneTimeKey
@@ -27,6 +30,7 @@ from cloister.stores.blobs import FolderBlobs
 
 TIMEOUT_S = 60.0
 TOKEN_MARGIN_S = 30.0
+MAX_LINE_BYTES = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,11 +62,46 @@ class ModelLease:
     approvals: Sequence[dict[str, Any]]
 
 
+class Credential(Protocol):
+    """How a caller proves itself to the token endpoint."""
+
+    def turn(self) -> contextlib.AbstractContextManager[None]:
+        """Held around the two below, where only one process at a time may do them."""
+
+    def form(self) -> Mapping[str, str]:
+        """The grant, without the audience."""
+
+    def answered(self, answer: Mapping[str, Any]) -> None:
+        """Told what came back: a new refresh token, say."""
+
+
+@dataclass(frozen=True, slots=True)
+class OwnKey:
+    """An assertion signed by the caller's own key (RFC 7523 section 2.1)."""
+
+    name: str
+    private_key_pem: bytes = field(repr=False)
+    url: str
+
+    def turn(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def form(self) -> dict[str, str]:
+        assertion = tokens.issue_assertion(self.private_key_pem, subject=self.name, audience=self.url, now=time.time())
+        return {"grant_type": tokens.JWT_BEARER, "assertion": assertion}
+
+    def answered(self, answer: Mapping[str, Any]) -> None:
+        """Nothing to keep."""
+
+
 class AuthorityClient:
     """One caller's connection. Thread-safe."""
 
-    def __init__(self, url: str, *, ca_path: Path, name: str, private_key_pem: bytes) -> None:
-        """Prepare; nothing is sent yet.
+    def __init__(
+        self, url: str, *, ca_path: Path, name: str, private_key_pem: bytes | None = None,
+        credential: Credential | None = None, node: NodeFolder | None = None,
+    ) -> None:  # fmt: skip
+        """Prepare; nothing is sent yet. The caller proves itself by their key, or by `credential`.
 
         Raises:
             InputError: the URL is not HTTPS, or `ca_path` holds no certificate.
@@ -76,10 +115,14 @@ class AuthorityClient:
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         self.url = url
         self.name = name
-        self._key = private_key_pem
+        self._ca_path = ca_path
+        self._credential = credential or OwnKey(name, private_key_pem or b"", url)
+        self._node = node
+        self._certificate = 0
+        self._tls = context
         self._tokens: dict[str, tuple[str, float]] = {}
         self._lock = threading.Lock()
-        self._http = httpx.Client(base_url=url, verify=context, timeout=TIMEOUT_S, trust_env=False)
+        self._http = self._connections()
 
     def close(self) -> None:
         self._http.close()
@@ -94,11 +137,34 @@ class AuthorityClient:
             token, good_until = self._tokens.get(audience, ("", 0.0))
             if time.monotonic() < good_until:
                 return token
-            assertion = tokens.issue_assertion(self._key, subject=self.name, audience=self.url, now=time.time())
-            form = {"grant_type": tokens.JWT_BEARER, "assertion": assertion, "resource": audience}
-            answer = self._answer(self._send("POST", "/v1/token", data=form))
+            self._present_node()
+            with self._credential.turn():
+                form = dict(self._credential.form()) | {"resource": audience}
+                answer = self._answer(self._send("POST", "/v1/token", data=form))
+                self._credential.answered(answer)
             self._tokens[audience] = (answer["access_token"], time.monotonic() + answer["expires_in"] - TOKEN_MARGIN_S)
             return str(answer["access_token"])
+
+    def _present_node(self) -> None:
+        """Speak as the node of this machine, with its newest certificate."""
+        if self._node is None:
+            return
+        before = self._certificate
+        self._certificate = self._node.load_into(self._tls, self._certify)
+        if before not in (0, self._certificate):
+            self._http.close()  # those connections were made with the old one
+            self._http = self._connections()
+
+    def _certify(self, request: bytes) -> bytes:
+        assert self._node is not None  # noqa: S101  (only called for a node)
+        node = AuthorityClient(
+            self.url, ca_path=self._ca_path, name=self._node.name, private_key_pem=self._node.private_key()
+        )
+        with contextlib.closing(node):
+            return str(node.post("/v1/nodes/certificate", {"csr": request.decode()})["certificate"]).encode()
+
+    def _connections(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, verify=self._tls, timeout=TIMEOUT_S, trust_env=False)
 
     def get(self, path: str, **parameters: Any) -> Any:
         """GET with a token; the decoded answer.
@@ -106,15 +172,40 @@ class AuthorityClient:
         Raises:
             CloisterError: what the authority refused with; UnavailableError when it does not answer.
         """
-        return self._answer(self._send("GET", path, params=parameters, headers=self._bearer()))
+        return self._authorised("GET", path, params=parameters)
 
     def post(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """POST with a token; the decoded answer. Raises as `get`."""
-        return self._answer(self._send("POST", path, json=dict(body or {}), headers=self._bearer()))
+        return self._authorised("POST", path, json=dict(body or {}))
 
     def put(self, path: str, body: Mapping[str, Any]) -> Any:
         """PUT with a token; the decoded answer. Raises as `get`."""
-        return self._answer(self._send("PUT", path, json=dict(body), headers=self._bearer()))
+        return self._authorised("PUT", path, json=dict(body))
+
+    def lines(self, path: str, **parameters: Any) -> Iterator[bytes]:
+        """GET with a token; the answer's lines as they come, each with its newline. Raises as `get`.
+
+        Raises:
+            IntegrityError: (while reading) a line of more than `MAX_LINE_BYTES`.
+        """
+        headers = {"Authorization": f"Bearer {self.token()}"}
+        rest = b""
+        try:
+            with self._http.stream("GET", path, params=parameters, headers=headers) as response:
+                if response.status_code != 200:
+                    response.read()
+                    self._answer(response)
+                for part in response.iter_bytes():
+                    *whole, rest = (rest + part).split(b"\n")
+                    yield from (line + b"\n" for line in whole)
+                    if len(rest) > MAX_LINE_BYTES:
+                        raise IntegrityError("the authority's answer has a line without an end", "ask again")
+        except httpx.HTTPError as error:
+            raise UnavailableError(
+                f"the authority at {self.url} stopped answering ({type(error).__name__})", "ask again"
+            ) from error
+        if rest:
+            yield rest
 
     def public(self, path: str) -> Any:
         """GET of a public route, without a token."""
@@ -176,8 +267,21 @@ class AuthorityClient:
             approvals=answer["approvals"],
         )
 
-    def _bearer(self) -> dict[str, str]:
-        return {"Authorization": f"Bearer {self.token()}"}
+    # ---- an endpoint's ----
+
+    def changes(self, endpoint_id: str, after: int, policy_version: int) -> dict[str, Any]:
+        """What a replica must know at once: see `cloister.authority.endpoints.Endpoints.changes`."""
+        return dict(self.get(f"/v1/endpoints/{endpoint_id}/changes", after=after, policy=policy_version))
+
+    def _authorised(self, method: str, path: str, **options: Any) -> Any:
+        token = self.token()
+        response = self._send(method, path, headers={"Authorization": f"Bearer {token}"}, **options)
+        if response.status_code == 401:  # our access changed, or the key that signs tokens: ask anew, once
+            with self._lock:
+                self._tokens.clear()
+            headers = {"Authorization": f"Bearer {self.token()}"}
+            response = self._send(method, path, headers=headers, **options)
+        return self._answer(response)
 
     def _send(self, method: str, path: str, **options: Any) -> httpx.Response:
         try:

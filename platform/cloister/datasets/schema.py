@@ -94,11 +94,11 @@ class DatasetSchema(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Annotated[StrictStr, Field(pattern=r"^[a-z][a-z0-9-]{0,62}$")]
-    purpose: StrictStr = Field(min_length=1)
-    region: StrictStr = Field(min_length=1)
-    retention: StrictStr = Field(min_length=1)
+    purpose: StrictStr = Field(min_length=1, max_length=300)
+    region: StrictStr = Field(min_length=1, max_length=300)
+    retention: StrictStr = Field(min_length=1, max_length=300)
     unit: Literal["row"] = "row"
-    columns: tuple[Column, ...] = Field(min_length=1)
+    columns: tuple[Column, ...] = Field(min_length=1, max_length=10_000)
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:

@@ -19,7 +19,8 @@ from cloister.errors import InputError
 MAX_EPSILON = 20.0
 MIN_DELTA = 1e-12
 _DATASET = r"^[a-z][a-z0-9-]{0,62}@[1-9][0-9]{0,8}$"
-_Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+_Column = Annotated[StrictStr, Field(min_length=1, max_length=128)]
+_Term = Annotated[StrictStr, Field(min_length=1, max_length=300)]
 _HINT = "see jobs/examples/adult/train.yaml for a whole one"
 
 
@@ -45,8 +46,8 @@ class PrivacySpec(_Part):
 
 
 class OptimizationSpec(_Part):
-    epochs: _Positive
-    expected_batch_size: Annotated[int, Field(ge=1)]
+    epochs: Annotated[float, Field(gt=0.0, le=1e6)]
+    expected_batch_size: Annotated[int, Field(ge=1, le=1_000_000_000)]
     optimizer: Literal["adam", "sgd"] = "adam"
     learning_rate: Annotated[float, Field(gt=0.0, le=1e3)]
 
@@ -54,7 +55,7 @@ class OptimizationSpec(_Part):
 class ResourcesSpec(_Part):
     workers: Annotated[int, Field(ge=1, le=1024)] = 1
     gpus_per_worker: Annotated[int, Field(ge=0, le=16)] = 0
-    region: Annotated[StrictStr, Field(min_length=1)]
+    region: _Term
 
 
 class TrainingSpec(_Part):
@@ -62,13 +63,13 @@ class TrainingSpec(_Part):
 
     name: Annotated[StrictStr, Field(pattern=r"^[a-z][a-z0-9-]{0,62}$")] | None = None
     dataset: Annotated[StrictStr, Field(pattern=_DATASET)]
-    label: Annotated[StrictStr, Field(min_length=1)]
-    features: tuple[StrictStr, ...] | None = None
+    label: _Column
+    features: Annotated[tuple[_Column, ...], Field(max_length=10_000)] | None = None
     model: ModelSpec
     privacy: PrivacySpec
     training: OptimizationSpec
     resources: ResourcesSpec
-    purpose: Annotated[StrictStr, Field(min_length=1)]
+    purpose: _Term
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:

@@ -21,7 +21,6 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cloister.errors import InputError, NotFoundError
-from cloister.models.release import REQUIRED_APPROVALS
 from cloister.signing.tokens import INFERENCE_AUDIENCE
 from cloister.stores.files import private_directory, write_atomic
 
@@ -43,6 +42,8 @@ class EndpointConfig(BaseModel):
     authority_url: Annotated[str, Field(pattern=r"^https://")]
     authority_ca: str
     """Path of the certificate authority's PEM; relative paths start at the endpoint directory."""
+    node: str | None = None
+    """The folder of the node that replicas run on; `$CLOISTER_NODE` of a replica's machine goes first."""
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)]
     replicas: Annotated[int, Field(ge=1, le=64)] = 1
@@ -114,6 +115,7 @@ def write_endpoint(
     model: str,
     authority_url: str,
     authority_ca: bytes,
+    node: str,
     port: int,
     replicas: int,
     quota_block: int,
@@ -125,12 +127,12 @@ def write_endpoint(
     """Make the directory of a new endpoint. `info` is the authority's `/v1/info`, read over its pinned TLS."""
     private_directory(directory)
     config = EndpointConfig(
-        endpoint=endpoint, model=model, authority_url=authority_url, authority_ca=CA_FILE, port=port,
+        endpoint=endpoint, model=model, authority_url=authority_url, authority_ca=CA_FILE, node=node, port=port,
         replicas=replicas, quota_block=quota_block,
     )  # fmt: skip
     trust = Trust(
         release_key=info["release_public_key"],
-        required_approvals=REQUIRED_APPROVALS,
+        required_approvals=info["required_approvals"],
         token_issuer=info["issuer"],
         token_keys=info["token_public_keys"],
     )

@@ -3,7 +3,7 @@
 Guarantees: an answer leaves only after every step below, in this order, and each step fails closed. What a caller
 learns about the model is a label and a rounded probability per row. No error contains a value of the request.
 
-    1. Authenticate: a good access token for this audience (`signing.tokens`).
+    1. Authenticate: a good access token for this audience (`signing.tokens`), not revoked since (`watch`).
     2. Authorise: the policy permits this subject to ask this model.
     3. Refuse early who has no quota left, before the body is read.
     4. Read the table strictly, then check it against the public bounds and values.
@@ -51,6 +51,18 @@ class Authorizer(Protocol):
         ...
 
 
+class Liveness(Protocol):
+    """Whether a token that was good when it was given still is. `cloister.serving.watch.Watch` fits."""
+
+    def require_live(self, claims: Claims) -> None:
+        """Return if it is.
+
+        Raises:
+            AuthenticationError, UnavailableError
+        """
+        ...
+
+
 class Pipeline:
     """The decision path of one replica, which serves one model."""
 
@@ -59,6 +71,7 @@ class Pipeline:
         model: VerifiedModel,
         *,
         verifier: TokenVerifier,
+        liveness: Liveness,
         authorize: Authorizer,
         quota: Quota,
         decimals: int,
@@ -66,6 +79,7 @@ class Pipeline:
     ) -> None:
         self._model = model
         self._verifier = verifier
+        self._liveness = liveness
         self._authorize = authorize
         self._quota = quota
         self._decimals = decimals
@@ -87,6 +101,7 @@ class Pipeline:
         if scheme.lower() != "bearer" or not token:
             raise AuthenticationError("an access token is needed", "send `Authorization: Bearer …`; cloister login")
         claims = self._verifier.verify(token, self._clock())  # 1
+        self._liveness.require_live(claims)
         if model != self._model.manifest.name:
             raise NotFoundError("this endpoint does not serve that model", "cloister serve status")
         self._authorize(claims.subject, claims.roles, INFER_ACTION, model)  # 2

@@ -19,9 +19,10 @@ registration), or that a release has not been withdrawn since: the lease decides
 The predicates, all in DSSE envelopes around in-toto statements whose subject is the root digest:
 
     provenance/v1   {"author": name, …}
-    approvers/v1    {"author": PERSON, "approvers": [PERSON, …]}, a PERSON being {"person": name, "public_key": PEM, …}
-    approval/v1     {"person": name, "decision": "approve", "stage": "production", "expires": Unix seconds,
-                     "provenance": hex SHA-256 of the provenance payload, …}
+    approvers/v1    {"author": PERSON, "approvers": [PERSON, …]}, a PERSON being {"person": name, "public_key": PEM, …};
+                    an author who logs in through an outside issuer may have no key (null)
+    approval/v1     {"person": name, "kind": "promotion", "decision": "approve", "expires": Unix seconds,
+                     "details": {"stage": "production", "provenance": hex SHA-256 of the provenance payload, …}, …}
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from cloister.models.release import (
     APPROVAL_PREDICATE,
     APPROVERS_PREDICATE,
     PRODUCTION,
+    PROMOTION,
     PROVENANCE_PREDICATE,
     provenance_digest,
 )
@@ -126,24 +128,25 @@ def verify_release(
 
 def _people(predicate: Mapping[str, Any]) -> tuple[str, dict[str, tuple[str, keys.PublicKey]]]:
     """The author, and each approver's name and key by key id."""
-    people: list[tuple[str, Ed25519PublicKey]] = []
+    people: list[tuple[str, Ed25519PublicKey | None]] = []
     try:
         for entry in (predicate["author"], *predicate["approvers"]):
             if not isinstance(entry["person"], str) or not entry["person"]:
                 raise TypeError
-            people.append((entry["person"], keys.ed25519_public_from_pem(entry["public_key"].encode())))
+            keyless = entry["public_key"] is None and not people  # who has no key can have signed nothing
+            key = None if keyless else keys.ed25519_public_from_pem(entry["public_key"].encode())
+            people.append((entry["person"], key))
     except (KeyError, TypeError, AttributeError, InputError):
         raise IntegrityError("the directory of approvers is not usable", "have the model promoted again") from None
     # One person with two keys, or two persons with one key, would make one voice count twice.
-    if len({name for name, _ in people}) < len(people) or len({key.public_bytes_raw() for _, key in people}) < len(
-        people
-    ):
+    raw_keys = [key.public_bytes_raw() for _, key in people if key]
+    if len({name for name, _ in people}) < len(people) or len(set(raw_keys)) < len(raw_keys):
         raise IntegrityError(
             "the directory of approvers does not give each person exactly one key of their own",
             "register a key for each person, then have the model approved and promoted again",
         )
     (author, _), *approvers = people
-    return author, {keys.key_id_of(key): (name, key) for name, key in approvers}
+    return author, {keys.key_id_of(key): (name, key) for name, key in approvers if key}
 
 
 def _approved_by(
@@ -167,10 +170,12 @@ def _approved_by(
             continue
         said = verified.predicate
         in_time = type(said.get("expires")) in (int, float) and now < said["expires"]
-        if in_time and (said.get("decision"), said.get("stage"), said.get("provenance")) == (
+        details = said.get("details")
+        meant = (details.get("stage"), details.get("provenance")) if isinstance(details, dict) else None
+        if in_time and (said.get("decision"), said.get("kind"), meant) == (
             APPROVE,
-            PRODUCTION,
-            provenance,
+            PROMOTION,
+            (PRODUCTION, provenance),
         ):
             signers = {approvers[key_id][0] for key_id in verified.key_ids}
             approved |= signers & {said.get("person")}  # a statement speaks for the one person that it names

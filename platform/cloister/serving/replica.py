@@ -9,7 +9,8 @@ Protocol of a start:
     2. Lease: ask the authority, as this endpoint, for the sealed model, its key and its proofs.
     3. Open the seal, in memory.
     4. Verify the release by the pinned keys (`release.py`).
-    5. Open the port.
+    5. Listen for what changes at the authority from now on (`watch.py`).
+    6. Open the port.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from cloister.serving.listener import Listener
 from cloister.serving.pipeline import Authorizer, Pipeline
 from cloister.serving.quota import Block, Quota
 from cloister.serving.release import Release, VerifiedModel, verify_release
+from cloister.serving.watch import Watch
 from cloister.signing.tokens import TokenVerifier
 
 
@@ -62,14 +64,18 @@ class Authority(Protocol):
         """Units granted (already debited) and the end of their window in Unix seconds."""
         ...
 
+    def changes(self, endpoint_id: str, after: int, policy_version: int) -> Mapping[str, Any]:
+        """What changed since: see `cloister.serving.watch`."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backing:
     """What a replica needs from outside of this package."""
 
     authority: Authority
-    authorizer: Callable[[VerifiedModel], Authorizer]
-    """Makes the policy for the model that was verified."""
+    authorizer: Callable[[VerifiedModel, str], Authorizer]
+    """Makes the policy for the model that was verified, with the site's own rules."""
     clock: Callable[[], float] = time.time
 
 
@@ -86,14 +92,18 @@ class Replica:
         backing = connect(endpoint)
         model = leased_model(endpoint, backing)  # 2 to 4
         config, trust = endpoint.config, endpoint.trust
+        verifier = TokenVerifier(
+            {key_id: pem.encode() for key_id, pem in trust.token_keys.items()},
+            issuer=trust.token_issuer,
+            audience=trust.token_audience,
+        )
+        authorize = _Authorize(backing, model)
+        self._watch = Watch(backing.authority, config.endpoint, verifier=verifier, on_policy=authorize.follow)  # 5
         pipeline = Pipeline(
             model,
-            verifier=TokenVerifier(
-                {key_id: pem.encode() for key_id, pem in trust.token_keys.items()},
-                issuer=trust.token_issuer,
-                audience=trust.token_audience,
-            ),
-            authorize=backing.authorizer(model),
+            verifier=verifier,
+            liveness=self._watch,
+            authorize=authorize,
             quota=Quota(
                 _Blocks(backing.authority, config.endpoint), block_size=config.quota_block, clock=backing.clock
             ),
@@ -101,7 +111,7 @@ class Replica:
             clock=backing.clock,
         )
         self._closing = threading.Lock()
-        self._listener: Listener | None = Listener(  # 5
+        self._listener: Listener | None = Listener(  # 6
             build_app(pipeline),
             host=config.host,
             port=config.port,
@@ -128,11 +138,28 @@ class Replica:
         with self._closing:
             listener, self._listener = self._listener, None
         if listener is not None:
+            self._watch.stop()
             listener.stop()
 
     def __del__(self) -> None:  # Serve's hook for a graceful shutdown (`call_destructor`)
         if hasattr(self, "_listener"):  # not if a step of the constructor failed
             self.close()
+
+
+class _Authorize:
+    """The policy in force, as an `Authorizer`."""
+
+    def __init__(self, backing: Backing, model: VerifiedModel) -> None:
+        self._backing = backing
+        self._model = model
+        self._ask = backing.authorizer(model, "")
+
+    def follow(self, site: str) -> None:
+        """Go by the site's policies `site` from now on."""
+        self._ask = self._backing.authorizer(self._model, site)
+
+    def __call__(self, subject: str, roles: frozenset[str], action: str, resource: str) -> None:
+        self._ask(subject, roles, action, resource)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from cloister.errors import InputError
 
-LEAF_LIFETIME = timedelta(days=90)  # nothing renews them yet: a restart does
+LEAF_LIFETIME = timedelta(days=90)  # an endpoint's; what the authority and its nodes have lives a day, and is renewed
 CA_LIFETIME = timedelta(days=3650)
 _CLOCK_SKEW = timedelta(minutes=5)
 
@@ -86,6 +86,20 @@ def issue(
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer.public_key()), critical=False)  # type: ignore[arg-type]  # the CA is ours: EC
     )
     return builder.sign(_load(ca_key), hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+
+def remaining(certificate: bytes) -> float:
+    """Which part of a certificate's (PEM) life is left: 1 when new, 0 or less when it has expired.
+
+    Raises:
+        InputError: not a certificate.
+    """
+    try:
+        parsed = x509.load_pem_x509_certificate(certificate)
+    except ValueError as error:
+        raise InputError("this is not a certificate", "give a PEM certificate") from error
+    end = parsed.not_valid_after_utc
+    return (end - datetime.now(UTC)) / (end - parsed.not_valid_before_utc)
 
 
 def covers(certificate: bytes, host: str) -> bool:

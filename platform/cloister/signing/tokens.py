@@ -7,8 +7,9 @@ may hold `alg`, `typ` and `kid` and nothing else, so a token can neither bring i
 `x5c`) nor change its own rules (`crit`, `b64`). The two kinds of token differ in `typ` (RFC 8725 section 3.11), so
 one never passes for the other. No error contains a part of a token.
 
-Not guaranteed: a stolen access token works until it expires, and a revoked identity keeps its token just as long;
-that is why the lifetime is short. An assertion is good once only if the caller remembers the id that
+Not guaranteed: that a token is still wanted. Who accepts one also asks whether its `epoch` is still its subject's and
+whether its `jti` was revoked (`Claims`); a token with a `thumbprint` holds only over the mutual TLS connection of that
+certificate (RFC 8705 section 3). An assertion is good once only if the caller remembers the id that
 `verify_assertion` returns for `ASSERTION_LIFETIME_S + CLOCK_SKEW_S` seconds and refuses it the second time.
 """
 
@@ -38,6 +39,9 @@ ASSERTION_TYPE = "client-authentication+jwt"  # draft-ietf-oauth-rfc7523bis sect
 INFERENCE_AUDIENCE = "urn:cloister:inference"
 AUTHORITY_AUDIENCE = "urn:cloister:authority"
 JWT_BEARER = "urn:ietf:params:oauth:grant-type:jwt-bearer"  # RFC 7523 section 8.1
+CLIENT_ASSERTION = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"  # RFC 7523 section 8.2
+TOKEN_EXCHANGE = "urn:ietf:params:oauth:grant-type:token-exchange"  # noqa: S105  (RFC 8693 section 2.1: a name)
+JWT_TYPE = "urn:ietf:params:oauth:token-type:jwt"  # RFC 8693 section 3
 MAX_LIFETIME_S = 600
 ASSERTION_LIFETIME_S = 60
 CLOCK_SKEW_S = 5  # how far the issuer's clock may run ahead of ours; expiry gets no such grace
@@ -54,6 +58,11 @@ class Claims:
     subject: str
     roles: frozenset[str]
     client_id: str
+    kind: str
+    epoch: int
+    """Grows with each change of the subject's access: a token of an earlier epoch is dead."""
+    thumbprint: str | None
+    """Base64url SHA-256 of the client certificate that the token is bound to (RFC 8705 section 3.1)."""
     issued_at: int
     expires_at: int
     token_id: str
@@ -69,6 +78,9 @@ def issue(
     lifetime_s: int,
     now: float,
     key_id: str,
+    kind: str = "person",
+    epoch: int = 0,
+    thumbprint: str | None = None,
     client_id: str | None = None,
     scope: str | None = None,
     token_id: str | None = None,
@@ -87,12 +99,16 @@ def issue(
         "aud": audience,
         "client_id": client_id or subject,
         "roles": sorted(roles),
+        "kind": kind,
+        "epoch": epoch,
         "iat": issued_at,
         "exp": issued_at + lifetime_s,
         "jti": token_id or secrets.token_urlsafe(16),
     }
     if scope is not None:
         claims["scope"] = scope
+    if thumbprint is not None:
+        claims["cnf"] = {"x5t#S256": thumbprint}
     return _sign(private_key_pem, {"typ": ACCESS_TOKEN_TYPE, "kid": key_id}, claims)
 
 
@@ -118,9 +134,15 @@ def verify(token: str, public_keys: Mapping[str, bytes], *, issuer: str, audienc
     roles = claims.get("roles")  # 5
     if not isinstance(roles, list) or not all(isinstance(role, str) and role for role in roles):
         _refuse("the access token lists no roles")
+    epoch = claims.get("epoch")
+    if type(epoch) is not int or epoch < 0:
+        _refuse("the access token has no usable `epoch`")
     return Claims(
         subject=_name(claims, "sub"),
         roles=frozenset(roles),
+        kind=_name(claims, "kind"),
+        epoch=epoch,
+        thumbprint=_thumbprint(claims),
         client_id=_name(claims, "client_id"),
         issued_at=issued_at,
         expires_at=expires_at,
@@ -138,12 +160,20 @@ class TokenVerifier:
     def __init__(
         self, public_keys: Mapping[str, bytes], *, issuer: str, audience: str, max_tokens: int = MAX_CACHED_TOKENS
     ) -> None:
-        self._public_keys = dict(public_keys)
+        self._public_keys: Mapping[str, bytes] = dict(public_keys)
         self._issuer = issuer
         self._audience = audience
         self._max_tokens = max_tokens
         self._good: OrderedDict[bytes, Claims] = OrderedDict()
         self._lock = threading.Lock()
+
+    def trust(self, public_keys: Mapping[str, bytes]) -> None:
+        """Trust these keys from now on, and only these: what was verified with others is forgotten."""
+        if dict(public_keys) == self._public_keys:
+            return
+        with self._lock:
+            self._public_keys = dict(public_keys)
+            self._good = OrderedDict()
 
     def verify(self, token: str, now: float) -> Claims:
         """As the function `verify`."""
@@ -155,8 +185,11 @@ class TokenVerifier:
             with self._lock:
                 self._good.pop(key, None)
             _refuse_expired()
-        claims = verify(token, self._public_keys, issuer=self._issuer, audience=self._audience, now=now)
+        trusted = self._public_keys
+        claims = verify(token, trusted, issuer=self._issuer, audience=self._audience, now=now)
         with self._lock:
+            if trusted is not self._public_keys:
+                return claims  # the keys changed meanwhile: what was verified with the old ones is not remembered
             self._good[key] = claims
             while len(self._good) > self._max_tokens:
                 self._good.popitem(last=False)
@@ -277,6 +310,15 @@ def _name(claims: dict[str, Any], name: str) -> str:
     if not isinstance(value, str) or not 0 < len(value) <= 256:
         _refuse(f"the token has no usable `{name}`")
     return value
+
+
+def _thumbprint(claims: dict[str, Any]) -> str | None:
+    confirmation = claims.get("cnf")
+    if confirmation is None:
+        return None
+    if not isinstance(confirmation, dict) or confirmation.keys() != {"x5t#S256"}:
+        _refuse("the access token is bound to something that is not known here")
+    return _name(confirmation, "x5t#S256")
 
 
 def _refuse(message: str) -> NoReturn:

@@ -44,6 +44,11 @@ class Home:
         return self.path / "identities"
 
     @property
+    def node(self) -> Path:
+        """What this machine is as a node: its key and its certificate of a day."""
+        return self.path / "node"
+
+    @property
     def runs(self) -> Path:
         return self.path / "runs"
 

@@ -15,7 +15,7 @@ from cloister.canonical import b64, unb64
 from cloister.errors import InputError, IntegrityError, NotFoundError
 from cloister.sealing.envelope import KEY_BYTES, new_key, unwrap_key, wrap_key
 from cloister.sealing.stream import open_sealed, seal
-from cloister.stores.files import private_directory, read_json, write_atomic, write_json
+from cloister.stores.files import locked, private_directory, read_json, write_atomic, write_json
 
 _FORMAT = "cloister.dev/keyring/v1"
 _KEK_LABEL = b"cloister.dev/keyring/v1/kek"
@@ -92,15 +92,23 @@ class EmbeddedKeys:
 
     def secret(self, name: str) -> bytes:
         if name not in self._ring["secrets"]:
+            self._ring = self._read_ring()  # another process may have stored it
+        if name not in self._ring["secrets"]:
             raise NotFoundError(f"the key ring holds no secret {name!r}", "start the authority once to make it")
         return open_sealed(self._root, unb64(self._ring["secrets"][name]), _secret_context(name))
 
     def store_secret(self, name: str, value: bytes) -> None:
-        self._ring["secrets"][name] = b64(seal(self._root, value, _secret_context(name)))
-        write_json(self._ring_file, self._ring)
+        sealed = b64(seal(self._root, value, _secret_context(name)))
+        with locked(self._ring_file.with_suffix(".lock")):
+            self._ring = self._read_ring()
+            self._ring["secrets"][name] = sealed
+            write_json(self._ring_file, self._ring)
 
     def remember(self, size: int, root: str) -> None:
-        write_json(self._anchor_file, {"size": size, "root": root})
+        with locked(self._anchor_file.with_suffix(".lock")):
+            kept = self.remembered()
+            if kept is None or kept[0] < size:  # another process may have come further
+                write_json(self._anchor_file, {"size": size, "root": root})
 
     def remembered(self) -> tuple[int, str] | None:
         if not self._anchor_file.exists():

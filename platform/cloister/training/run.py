@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cloister.client.authority import AuthorityClient
+from cloister.client.node import present_node
 from cloister.errors import InputError, NotFoundError
 from cloister.stores.files import private_directory, read_json, write_atomic, write_json
 
@@ -25,6 +26,8 @@ class RunFolder:
     authority_url: str
     authority_ca: str
     jobs: str
+    node: str | None = None
+    """The folder of the node that the workers run on; without one, `$CLOISTER_NODE` of each."""
 
     def write(self, private_key_pem: bytes) -> None:
         """Make the folder."""
@@ -55,4 +58,7 @@ class RunFolder:
             key = (self.directory / "run.key").read_bytes()
         except OSError as error:
             raise NotFoundError(f"run {self.run} has no key on this machine", _HINT) from error
-        return AuthorityClient(self.authority_url, ca_path=Path(self.authority_ca), name=self.run, private_key_pem=key)
+        return AuthorityClient(
+            self.authority_url, ca_path=Path(self.authority_ca), name=self.run, private_key_pem=key,
+            node=present_node(self.node),
+        )  # fmt: skip

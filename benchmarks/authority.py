@@ -1,0 +1,220 @@
+"""How fast does the authority decide and lease, and does it decide as it should?
+
+Decisions are made one by one with the shipped policies, over a mix of what people, runs and endpoints ask. The
+oracle is the shipped rules a second time in plain Python (tests/policy_oracle.py), compared on random requests.
+
+    python benchmarks/authority.py [--quick] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import platform
+import socket
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from cloister.authority.listener import Listener
+from cloister.authority.nodes import Peer
+from cloister.authority.service import Authority
+from cloister.authority.settings import AuthoritySettings
+from cloister.client.authority import AuthorityClient
+from cloister.client.node import NodeFolder
+from cloister.client.seal import seal_dataset
+from cloister.policy import Policy, Request
+from cloister.sealing.lease import OneTimeKey
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from authority_world import CODE, World, adult_schema, rows_of_adult
+from policy_oracle import differences
+
+GOAL_DECISION_US = 150
+GOAL_LEASES = 200
+WORKERS = 32  # of one run: so many leases in a round
+REQUESTS, REQUESTS_QUICK = 1_000_000, 20_000
+SEED = 20261122
+Row = dict[str, object]
+
+DATASET = {"owner": "olga", "region": "eu", "purpose": "research", "class": "internal", "epsilon_left_millionths": 1}
+RUN = {"author": "me", "owner": "olga", "region": "eu", "purpose": "research", "class": "internal"}
+NODE = {"time": 1_793_000_000, "node": "node-1", "node_region": "eu", "node_assurance": 0}
+# kind, roles, action, resource, attributes, context
+MIX: tuple[tuple[str, str, str, str, dict[str, Any], dict[str, Any]], ...] = (
+    ("person", "engineer", "train:submit", "Dataset/adult@1", DATASET, {"time": 1_793_000_000}),
+    ("person", "consumer", "model:infer", "Model/adult@1", {"author": "ed", "stage": "production"}, {}),
+    ("person", "reviewer", "approval:vote", "Approval/a1", {"kind": "promotion", "author": "ed", "owner": "olga"}, {}),
+    ("person", "auditor security-officer", "audit:read", "Platform/platform", {}, {"time": 1_793_000_000}),
+    ("person", "engineer", "run:stop", "Run/run-1", RUN, {"time": 1_793_000_000}),
+    ("run", "run", "run:lease", "Run/me", RUN, NODE),
+    ("endpoint", "endpoint", "endpoint:work", "Endpoint/me", {"model": "adult@1"}, NODE),
+    ("node", "", "node:certify", "Platform/platform", {}, NODE),
+)
+
+
+def measure_decision(quick: bool) -> list[Row]:
+    """Microseconds for one decision: the median over all, and the slowest kind of request."""
+    policy = Policy.shipped()
+    medians, everything = [], []
+    for kind, roles, action, named, attributes, context in MIX:
+        resource_type, _, resource = named.partition("/")
+        request = Request(
+            principal="me", kind=kind, roles=frozenset(roles.split()), action=action,  # type: ignore[arg-type]
+            resource_type=resource_type, resource=resource, attributes=attributes, context=context,
+        )  # fmt: skip
+        if not policy.decide(request).allowed:
+            raise SystemExit(f"{action} is not measured as an allowed request")
+        taken = []
+        for _ in range(2_000 if quick else 20_000):
+            start = time.perf_counter()
+            policy.decide(request)
+            taken.append(1e6 * (time.perf_counter() - start))
+        medians.append(statistics.median(taken))
+        everything += taken
+    middle = statistics.median(everything)
+    return [
+        row("decision", middle, "µs, median", f"<= {GOAL_DECISION_US}", middle <= GOAL_DECISION_US),
+        row("decision, slowest kind of request", max(medians), "µs, median"),
+    ]
+
+
+def measure_oracle(quick: bool) -> list[Row]:
+    """Random requests on which Cedar and the oracle disagree."""
+    count = REQUESTS_QUICK if quick else REQUESTS
+    found = sum(1 for _ in differences(Policy.shipped(), count, SEED))
+    return [row("oracle differences", found, f"of {count:,} requests", "== 0", found == 0)]
+
+
+def measure_leases(quick: bool) -> list[Row]:
+    """Training leases a second, each authenticated, decided, recorded, anchored and sealed, asked for by two threads.
+
+    Once by calling the service, and once over HTTPS with mutual TLS, where the clients take their part of the cores.
+    """
+    rounds = 2 if quick else 8
+    with tempfile.TemporaryDirectory() as folder:
+        world = World(new_directory(Path(folder) / "authority"))
+        world.register_everybody()
+        seal_dataset(
+            world.client("olga"), world.people["olga"].private, rows_of_adult(), adult_schema(), shards=WORKERS,
+            holdout=0.2, receiving_key=world.authority.receiving_public,
+        )  # fmt: skip
+        world.set_budget(epsilon=100.0, delta=1e-3)
+        called = [round_of_leases(world, by_call(world)) for _ in range(rounds)]
+        with served(world, Path(folder)) as by_https:
+            asked = [round_of_leases(world, by_https) for _ in range(rounds)]
+        world.close()
+    direct = statistics.median(called)
+    return [
+        row("leases", direct, "1/s, median, SQLite", f">= {GOAL_LEASES}", direct >= GOAL_LEASES),
+        row("leases over HTTPS, clients on the same cores", statistics.median(asked), "1/s, median, SQLite"),
+    ]
+
+
+Lease = Callable[[str, int], object]
+
+
+def round_of_leases(world: World, lease_of: Callable[[str], Lease]) -> float:
+    """Leases a second for all the workers of a new run."""
+    run = world.submit(resources={"workers": WORKERS, "region": "eu"})
+    lease = lease_of(run)
+    lease(run, 0)  # the token, and the connection
+    with ThreadPoolExecutor(2) as threads:
+        start = time.perf_counter()
+        list(threads.map(lambda rank: lease(run, rank), range(1, WORKERS)))
+        return (WORKERS - 1) / (time.perf_counter() - start)
+
+
+def by_call(world: World) -> Callable[[str], Lease]:
+    peer = Peer.from_der(world.peer or b"")
+
+    def lease_of(run: str) -> Lease:
+        header = f"Bearer {world.token(run)}"
+
+        def lease(run: str, rank: int) -> object:
+            caller = world.authority.sessions.authenticate(header, "127.0.0.1", peer)
+            return world.authority.runs.lease(caller, run, rank, OneTimeKey.generate().public, CODE)
+
+        return lease
+
+    return lease_of
+
+
+@contextlib.contextmanager
+def served(world: World, folder: Path) -> Iterator[Callable[[str], Lease]]:
+    """The same authority on a real port; workers speak from a node of their own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        settings = AuthoritySettings(port=probe.getsockname()[1])
+    authority = Authority(world.directory, url=settings.url)  # a second one over the same state, with this address
+    node = NodeFolder(folder / "node")
+    body = {"name": "bench", "public_key": node.make("bench"), "region": "eu"}
+    world.post("operator", "/v1/nodes", body)
+    ready = threading.Event()
+    listener = Listener(authority, settings, ready.set)
+    thread = threading.Thread(target=listener.run)
+    thread.start()
+    ready.wait(20)
+
+    def lease_of(run: str) -> Lease:
+        client = AuthorityClient(
+            settings.url, ca_path=world.directory / "ca.pem", name=run, private_key_pem=world.people[run].private,
+            node=node,
+        )  # fmt: skip
+        return lambda run, rank: client.lease_shards(run, rank, CODE)
+
+    try:
+        yield lease_of
+    finally:
+        listener.should_exit = True
+        thread.join(20)
+
+
+def new_directory(path: Path) -> Path:
+    path.mkdir(mode=0o700)
+    return path
+
+
+# Every part of the benchmark: called in turn with `quick`, gives its rows.
+PARTS: tuple[Callable[[bool], list[Row]], ...] = (measure_decision, measure_leases, measure_oracle)
+
+
+def row(name: str, value: float, unit: str, goal: str = "", holds: bool | None = None) -> Row:
+    return {"name": name, "value": round(value, 1), "unit": unit, "goal": goal, "holds": holds}
+
+
+def hardware() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{os.cpu_count()} × {models[0] if models else platform.processor() or platform.machine()}, no GPU used"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="20,000 requests, within 60 s")
+    parser.add_argument("--json", action="store_true", help="one JSON object and nothing else")
+    parser.add_argument("--device", choices=["cpu"], default="cpu", help="only cpu: nothing here would use a GPU")
+    arguments = parser.parse_args()
+    results = [result for part in PARTS for result in part(arguments.quick)]
+    today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
+    if arguments.json:
+        print(json.dumps({"question": "authority", "date": today, "hardware": hardware(), "results": results}))
+        return
+    print(f"# authority, {today}\n\nHardware: {hardware()}\n")
+    print("| | value | unit | goal | holds |\n|---|---|---|---|---|")
+    for result in results:
+        holds = {True: "yes", False: "NO", None: ""}[result["holds"]]  # type: ignore[index]
+        print(f"| {result['name']} | {result['value']} | {result['unit']} | {result['goal']} | {holds} |")
+
+
+if __name__ == "__main__":
+    main()
