@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from authority_world import CODE, NODE, ROLES, URL, Person, World, training_spec
-from cloister.authority import api
+from cloister.authority import gate
 from cloister.policy.decide import ROLES as KNOWN_ROLES
 from cloister.signing import keys, tokens
 from cloister.signing.tokens import AUTHORITY_AUDIENCE
@@ -203,7 +203,7 @@ def test_the_directory_shows_no_keys_and_no_workloads(world: World) -> None:
 
 def test_a_body_over_the_limit_is_refused(calm_world: World) -> None:
     headers = {"Authorization": f"Bearer {calm_world.token('ed')}"}
-    big = b"x" * (api.MAX_BODY_BYTES + 1)
+    big = b"x" * (gate.MAX_BODY_BYTES + 1)
     assert calm_world.http.post("/v1/plans", content=big, headers=headers).status_code == 413
     assert calm_world.http.post("/v1/token", content=big).status_code == 413
     for length in ("9" * 5000, "-1", "1e3", "²"):

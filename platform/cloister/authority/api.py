@@ -1,214 +1,51 @@
-"""The authority over HTTP: thin routes, one for each method of the service.
-
-Guarantees: every path but those in `PUBLIC` demands a valid access token, before a byte of the body is read; bodies
-are validated by pydantic and limited in size; an error is `{"error", "hint", "kind"}` with the error's own status,
-never a traceback or a value, neither in the answer nor in the process's log.
-"""
+"""The authority over HTTP: thin routes, one for each method of the service. What guards them is in `gate`."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Form, Query, Request, Response
-from fastapi.concurrency import run_in_threadpool
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator
-from starlette.exceptions import HTTPException
+from fastapi import Depends, FastAPI, Form, Query, Request
+from fastapi.responses import StreamingResponse
 
+from cloister.authority.bodies import (
+    Block,
+    Budget,
+    CosignedNote,
+    ElevatedAccess,
+    Failure,
+    KeyRotation,
+    LeaseRequest,
+    ModelLeaseRequest,
+    Name,
+    NewEndpoint,
+    NewIdentity,
+    NewKey,
+    NewNode,
+    NewRun,
+    Policies,
+    Progress,
+    Question,
+    QuotaRequest,
+    Refusal,
+    Roles,
+    SealedDataset,
+    Sequence,
+    SigningRequest,
+    Size,
+    Spec,
+    TrainedModel,
+    Version,
+    Vote,
+    Word,
+)
 from cloister.authority.core import Caller
+from cloister.authority.gate import Gate, handle_errors, peer_of, source_of
 from cloister.authority.log import Filter
-from cloister.authority.nodes import MAX_ASSURANCE, Peer
 from cloister.authority.service import Authority
 from cloister.authority.sessions import TokenRequest
 from cloister.canonical import b64, unb64
-from cloister.errors import CloisterError, InputError, QuotaExceededError
-from cloister.privacy.spec import TrainingSpec
-from cloister.process import describe
 from cloister.signing.tokens import ALGORITHM, JWT_BEARER, TOKEN_EXCHANGE
-
-MAX_BODY_BYTES = 16 * 1024 * 1024
-MAX_PUBLIC_BODY_BYTES = 16 * 1024  # of callers who have shown nothing yet: an assertion is smaller
-MAX_COMMAS = 70_000  # in a body: 16 MiB of `[],[],…` would be gigabytes of objects; a site's policies fit
-_log = logging.getLogger("cloister.authority")
-
-PUBLIC = frozenset({
-    "/v1/health", "/v1/info", "/v1/checkpoint", "/v1/token", "/v1/revoke", "/v1/jwks.json", "/v1/openapi.json",
-    "/.well-known/oauth-authorization-server",
-})  # fmt: skip
-PEER = "cloister.peer"  # where the listener puts the client certificate (DER) into an ASGI scope
-
-
-def _parsed(spec: object) -> dict[str, Any]:
-    return TrainingSpec.parse(spec).to_dict()
-
-
-Name = Annotated[str, Field(min_length=1, max_length=63)]
-Version = Annotated[int, Field(ge=1, le=999_999_999)]
-Step = Annotated[int, Field(ge=0, le=1_000_000_000)]
-Text = Annotated[str, Field(min_length=1, max_length=300)]
-Pem = Annotated[str, Field(min_length=1, max_length=4096)]
-Base64 = Annotated[str, Field(max_length=8 * 1024 * 1024)]
-OneTimeKey = Annotated[str, Field(max_length=64)]  # base64 of an X25519 key
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-CodeDigest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
-Sequence = Annotated[int, Field(ge=0, le=2**53)]
-Word = Annotated[str, Query(max_length=300)]
-Size = Annotated[int, Field(ge=0, le=2**53)]
-Budgeted = Annotated[float, Field(ge=-1e9, le=1e9, allow_inf_nan=False)]  # what a budget may be is told by `data.py`
-Planned = Annotated[dict[str, Any], PlainValidator(_parsed, json_schema_input_type=TrainingSpec)]
-ErrorName = Annotated[str, Field(max_length=40)]
-ErrorText = Annotated[str, Field(max_length=16 * 1024)]
-
-
-class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", str_max_length=4096)
-
-
-class Refusal(BaseModel):
-    """Every answer that is not a success."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    error: str
-    hint: str
-    kind: str
-
-
-class Roles(Body):
-    roles: Annotated[list[Name], Field(min_length=1, max_length=10)]
-
-
-class CosignedNote(Body):
-    note: Annotated[str, Field(min_length=1, max_length=64 * 1024)]
-
-
-class NewIdentity(Roles):
-    name: Name
-    kind: Name = "person"
-    public_key: Pem | None = None
-    issuer: Text | None = None
-    subject: Text | None = None
-
-
-class NewKey(Body):
-    public_key: Pem
-
-
-class NewNode(Body):
-    name: Name
-    public_key: Pem
-    region: Name
-    assurance: int = Field(default=0, ge=0, le=MAX_ASSURANCE)
-
-
-class SigningRequest(Body):
-    csr: Pem
-
-
-class KeyRotation(Body):
-    compromised: bool = False
-
-
-class ElevatedAccess(Body):
-    role: Name
-    seconds: int = Field(ge=1, le=1_000_000)
-    reason: Annotated[str, Field(min_length=1, max_length=300)]
-
-
-class Policies(Body):
-    text: Annotated[str, Field(max_length=64 * 1024)]
-    reason: Annotated[str, Field(max_length=300)] = ""
-
-
-class Question(Body):
-    principal: Name | None = None
-    action: Name
-    resource_type: Name
-    resource: Annotated[str, Field(min_length=1, max_length=128)]
-
-
-class Signature(Body):
-    keyid: Annotated[str, Field(max_length=128)] = ""
-    sig: Annotated[str, Field(max_length=256)]
-
-
-class Envelope(Body):
-    """DSSE v1.0.2."""
-
-    payload: Base64
-    payloadType: Annotated[str, Field(max_length=100)]  # noqa: N815  (DSSE's name)
-    signatures: Annotated[list[Signature], Field(min_length=1, max_length=8)]
-
-
-class SealedDataset(Body):
-    envelope: Envelope
-    sealed_keys: Base64
-
-
-class Budget(Body):
-    epsilon: Budgeted
-    delta: Budgeted
-
-
-class Spec(Body):
-    spec: Planned
-
-
-class NewRun(Spec):
-    code_digest: CodeDigest
-    public_key: Pem
-
-
-class LeaseRequest(Body):
-    rank: int = Field(ge=0, le=4096)
-    public_key: OneTimeKey
-    code_digest: CodeDigest
-
-
-class Block(Body):
-    first: Step
-    last: Step
-
-
-class Progress(Body):
-    steps_done: Step
-    rows_per_s: float = Field(ge=0, le=1e12, allow_inf_nan=False)
-
-
-class TrainedModel(Body):
-    manifest: Base64
-    model_sha256: Sha256
-    blob: Annotated[str, Field(max_length=300)]
-    blob_sha256: Sha256
-    holdout_accuracy: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-
-
-class Failure(Body):
-    error: Annotated[dict[ErrorName, ErrorText], Field(max_length=16)]
-
-
-class Vote(Body):
-    envelope: Envelope
-
-
-class NewEndpoint(Body):
-    model: Name
-    public_key: Pem
-    csr: Pem
-    quota_requests: int = Field(ge=1, le=10_000_000)
-    quota_window_s: int = Field(ge=1, le=86_400)
-
-
-class ModelLeaseRequest(Body):
-    public_key: OneTimeKey
-
-
-class QuotaRequest(Body):
-    subject: Name
-    wanted: int = Field(ge=1, le=10_000)
 
 
 def _caller(request: Request) -> Caller:
@@ -228,7 +65,7 @@ def create_app(authority: Authority) -> FastAPI:
         responses=refusals,
     )  # fmt: skip
     app.add_middleware(Gate, authority=authority)
-    _handle_errors(app)
+    handle_errors(app)
     _public_routes(app, authority)
 
     identities, datasets, runs = authority.identities, authority.datasets, authority.runs
@@ -513,125 +350,10 @@ def _public_routes(app: FastAPI, authority: Authority) -> None:
             client_assertion_type=client_assertion_type, subject_token=subject_token,
             subject_token_type=subject_token_type, refresh_token=refresh_token,
         )  # fmt: skip
-        return authority.sessions.token(asked, _source(request), _peer(request))
+        return authority.sessions.token(asked, source_of(request), peer_of(request))
 
     @app.post("/v1/revoke")
     def revoke(request: Request, token: Annotated[str, Form(max_length=4096)]) -> Any:
         """Public: whoever holds a token may end it (RFC 7009)."""
-        authority.sessions.revoke(token, _source(request))
+        authority.sessions.revoke(token, source_of(request))
         return {}
-
-
-class Gate:
-    """What every request passes first: token, then size. Outermost, so that no exception reaches the server's log.
-
-    A body states its length: over the limit, in chunks, or longer than it says, it is refused.
-    """
-
-    def __init__(self, app: Any, authority: Authority) -> None:
-        self._app = app
-        self._sessions = authority.sessions
-
-    async def __call__(
-        self, scope: Any, receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Awaitable[None]]
-    ) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        answer: Response | None = None
-        started = False
-
-        async def watched(message: Any) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
-        try:
-            request = Request(scope)
-            if scope["path"] not in PUBLIC:
-                # In a thread, since it asks the database.
-                request.state.caller = await run_in_threadpool(
-                    self._sessions.authenticate,
-                    request.headers.get("authorization"),
-                    _source(request),
-                    _peer(request),
-                )
-            if _too_large(request):
-                refused = InputError("the request body is too large or of unknown length", "send less, with its length")
-                answer = JSONResponse(refused.to_dict(), status_code=413)
-            else:
-                await self._app(scope, _bounded(receive, _length(request)), watched)
-        except CloisterError as error:
-            answer = _error_response(error)
-        except Exception as error:  # noqa: BLE001  (only the type: the text of a foreign exception may hold anything)
-            _log.error("unexpected %s", type(error).__name__)
-            answer = JSONResponse(describe(error), status_code=500)
-        if answer is not None and not started:
-            await answer(scope, receive, send)
-
-
-def _peer(request: Request) -> Peer | None:
-    certificate = request.scope.get(PEER)
-    return Peer.from_der(certificate) if certificate else None
-
-
-def _source(request: Request) -> str:
-    return request.client.host if request.client else "unknown"
-
-
-def _length(request: Request) -> int:
-    """What a request says that its body has, in bytes; -1 if that is no number."""
-    length = request.headers.get("content-length", "0")
-    return int(length) if length.isascii() and length.isdigit() and len(length) < 20 else -1
-
-
-def _too_large(request: Request) -> bool:
-    if request.method in ("GET", "HEAD"):
-        return False
-    limit = MAX_PUBLIC_BODY_BYTES if request.url.path in PUBLIC else MAX_BODY_BYTES
-    return "transfer-encoding" in request.headers or not 0 <= _length(request) <= limit
-
-
-def _bounded(receive: Callable[[], Awaitable[Any]], length: int) -> Callable[[], Awaitable[Any]]:
-    """A body as it comes, until it is longer than it said or has more than `MAX_COMMAS` commas, so values, in it."""
-    commas = MAX_COMMAS
-
-    async def bounded() -> Any:
-        nonlocal length, commas
-        message = await receive()
-        part = message.get("body", b"")
-        length, commas = length - len(part), commas - part.count(b",")
-        if part and (length < 0 or commas < 0):
-            raise HTTPException(413)
-        return message
-
-    return bounded
-
-
-def _error_response(error: CloisterError) -> Response:
-    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
-    if isinstance(error, QuotaExceededError):
-        headers["Retry-After"] = str(error.retry_after_s)
-    return JSONResponse(error.to_dict(), status_code=error.status, headers=headers)
-
-
-def _handle_errors(app: FastAPI) -> None:
-    @app.exception_handler(CloisterError)
-    def ours(_request: Request, error: CloisterError) -> Response:
-        return _error_response(error)
-
-    @app.exception_handler(RequestValidationError)
-    def invalid(_request: Request, error: RequestValidationError) -> Response:
-        field = ".".join(str(part) for part in error.errors()[0]["loc"])[:200]
-        refused = InputError(f"the request is not valid at {field}", "see /v1/openapi.json")
-        return JSONResponse(refused.to_dict(), status_code=400)
-
-    @app.exception_handler(UnicodeEncodeError)
-    def not_text(_request: Request, _error: UnicodeEncodeError) -> Response:
-        """JSON can spell half a character (a lone surrogate), which neither UTF-8 nor the database can hold."""
-        return JSONResponse(InputError("the request holds text that is not Unicode", "correct it").to_dict(), 400)
-
-    @app.exception_handler(HTTPException)
-    def http(_request: Request, error: HTTPException) -> Response:
-        refused = CloisterError(f"the server answered {error.status_code}", "see /v1/openapi.json")
-        return JSONResponse(refused.to_dict(), status_code=error.status_code)

@@ -1,8 +1,8 @@
 """The authority's port: TLS 1.3, client certificates of nodes, and certificates that are renewed while it runs.
 
 Guarantees: a client certificate is asked for and, where one is given, checked against the node CAs before a byte of
-HTTP is read; the application is told which one (`api.PEER`) by the TLS layer alone, never by a header; the server's own
-certificate is replaced at half its life, or when its file changes, without a restart.
+HTTP is read; the application is told which one (`gate.PEER`) by the TLS layer alone, never by a header; the server's
+own certificate is replaced at half its life, or when its file changes, without a restart.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from cloister.authority.api import PEER, create_app
+from cloister.authority.api import create_app
+from cloister.authority.gate import PEER
 from cloister.authority.service import Authority
 from cloister.authority.settings import AuthoritySettings
 from cloister.errors import CloisterError, InputError

@@ -86,7 +86,7 @@ def export(
         output.say(f"{shown['entries']} entries are in {file}. Next: cloister audit verify {file}")
     else:
         output.say(
-            f"{shown['entries']} entries are in {file}. It cannot be verified: that is what --format cloister is for."
+            f"{shown['entries']} entries are in {file}. It cannot be verified: for that, leave out --format."
         )
 
 

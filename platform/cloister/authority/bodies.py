@@ -1,0 +1,193 @@
+"""What requests to the authority may say, and how much of it: every text, list and number has its limit.
+
+The limits are in the OpenAPI document too, so a client and a test can see them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import Query
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
+
+from cloister.authority.nodes import MAX_ASSURANCE
+from cloister.privacy.spec import TrainingSpec
+
+MAX_FIELDS = 32
+
+
+def _parsed(spec: object) -> dict[str, Any]:
+    return TrainingSpec.parse(spec).to_dict()
+
+
+Name = Annotated[str, Field(min_length=1, max_length=63)]
+Version = Annotated[int, Field(ge=1, le=999_999_999)]
+Step = Annotated[int, Field(ge=0, le=1_000_000_000)]
+Text = Annotated[str, Field(min_length=1, max_length=300)]
+Pem = Annotated[str, Field(min_length=1, max_length=4096)]
+Base64 = Annotated[str, Field(max_length=8 * 1024 * 1024)]
+OneTimeKey = Annotated[str, Field(max_length=64)]  # base64 of an X25519 key
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+CodeDigest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
+Sequence = Annotated[int, Field(ge=0, le=2**53)]
+Word = Annotated[str, Query(max_length=300)]
+Size = Annotated[int, Field(ge=0, le=2**53)]
+Budgeted = Annotated[float, Field(ge=-1e9, le=1e9, allow_inf_nan=False)]  # what a budget may be is told by `data.py`
+Planned = Annotated[dict[str, Any], PlainValidator(_parsed, json_schema_input_type=TrainingSpec)]
+ErrorName = Annotated[str, Field(max_length=40)]
+ErrorText = Annotated[str, Field(max_length=16 * 1024)]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", str_max_length=4096)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_fields(cls, value: object) -> object:
+        if isinstance(value, dict) and len(value) > MAX_FIELDS:  # before each of them becomes an error
+            raise ValueError("too many fields")
+        return value
+
+
+class Refusal(BaseModel):
+    """Every answer that is not a success."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    error: str
+    hint: str
+    kind: str
+
+
+class Roles(Body):
+    roles: Annotated[list[Name], Field(min_length=1, max_length=10)]
+
+
+class CosignedNote(Body):
+    note: Annotated[str, Field(min_length=1, max_length=64 * 1024)]
+
+
+class NewIdentity(Roles):
+    name: Name
+    kind: Name = "person"
+    public_key: Pem | None = None
+    issuer: Text | None = None
+    subject: Text | None = None
+
+
+class NewKey(Body):
+    public_key: Pem
+
+
+class NewNode(Body):
+    name: Name
+    public_key: Pem
+    region: Name
+    assurance: int = Field(default=0, ge=0, le=MAX_ASSURANCE)
+
+
+class SigningRequest(Body):
+    csr: Pem
+
+
+class KeyRotation(Body):
+    compromised: bool = False
+
+
+class ElevatedAccess(Body):
+    role: Name
+    seconds: int = Field(ge=1, le=1_000_000)
+    reason: Annotated[str, Field(min_length=1, max_length=300)]
+
+
+class Policies(Body):
+    text: Annotated[str, Field(max_length=64 * 1024)]
+    reason: Annotated[str, Field(max_length=300)] = ""
+
+
+class Question(Body):
+    principal: Name | None = None
+    action: Name
+    resource_type: Name
+    resource: Annotated[str, Field(min_length=1, max_length=128)]
+
+
+class Signature(Body):
+    keyid: Annotated[str, Field(max_length=128)] = ""
+    sig: Annotated[str, Field(max_length=256)]
+
+
+class Envelope(Body):
+    """DSSE v1.0.2."""
+
+    payload: Base64
+    payloadType: Annotated[str, Field(max_length=100)]  # noqa: N815  (DSSE's name)
+    signatures: Annotated[list[Signature], Field(min_length=1, max_length=8)]
+
+
+class SealedDataset(Body):
+    envelope: Envelope
+    sealed_keys: Base64
+
+
+class Budget(Body):
+    epsilon: Budgeted
+    delta: Budgeted
+
+
+class Spec(Body):
+    spec: Planned
+
+
+class NewRun(Spec):
+    code_digest: CodeDigest
+    public_key: Pem
+
+
+class LeaseRequest(Body):
+    rank: int = Field(ge=0, le=4096)
+    public_key: OneTimeKey
+    code_digest: CodeDigest
+
+
+class Block(Body):
+    first: Step
+    last: Step
+
+
+class Progress(Body):
+    steps_done: Step
+    rows_per_s: float = Field(ge=0, le=1e12, allow_inf_nan=False)
+
+
+class TrainedModel(Body):
+    manifest: Base64
+    model_sha256: Sha256
+    blob: Annotated[str, Field(max_length=300)]
+    blob_sha256: Sha256
+    holdout_accuracy: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+class Failure(Body):
+    error: Annotated[dict[ErrorName, ErrorText], Field(max_length=16)]
+
+
+class Vote(Body):
+    envelope: Envelope
+
+
+class NewEndpoint(Body):
+    model: Name
+    public_key: Pem
+    csr: Pem
+    quota_requests: int = Field(ge=1, le=10_000_000)
+    quota_window_s: int = Field(ge=1, le=86_400)
+
+
+class ModelLeaseRequest(Body):
+    public_key: OneTimeKey
+
+
+class QuotaRequest(Body):
+    subject: Name
+    wanted: int = Field(ge=1, le=10_000)
