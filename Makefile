@@ -38,7 +38,7 @@ lint: $(STAMP)
 	$(BIN)/lint-imports --no-logo
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/adult_accuracy.py
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
 lock: $(STAMP)
 	$(BIN)/python -m pip install --quiet pip-tools

@@ -26,8 +26,9 @@ from sqlalchemy import func, select
 from starlette.testclient import TestClient
 
 from cloister.audit.event import Event
-from cloister.authority.api import PEER, create_app
+from cloister.authority.api import create_app
 from cloister.authority.core import Caller, Node
+from cloister.authority.gate import PEER
 from cloister.authority.service import Authority
 from cloister.canonical import b64, sha256_hex
 from cloister.client.authority import AuthorityClient, TrainingLease
@@ -209,6 +210,12 @@ class World:
                 assert self.post("operator", "/v1/identities", body)["name"] == person.name
         self.peer = self.register_node()
 
+    def replace_key(self, name: str, new: Person) -> Any:
+        """The answer when somebody puts a new key in place of theirs, with the old one's word for it."""
+        audience = tokens.key_proof_audience(URL, new.public.encode())
+        body = {"public_key": new.public, "proof": self.assertion(name, audience=audience)}
+        return self.ask(name, "PUT", f"/v1/identities/{name}/key", body)
+
     # ---- speaking to it ----
 
     def assertion(self, name: str, *, key: bytes | None = None, **changes: Any) -> str:
@@ -273,7 +280,7 @@ class World:
     # ---- what is there ----
 
     def counts(self) -> dict[str, int]:
-        with self.authority.core.database.transaction() as connection:
+        with self.authority.core.database.reading() as connection:
             return {
                 name: int(connection.execute(select(func.count()).select_from(table)).scalar_one())
                 for name, table in metadata.tables.items()
@@ -282,7 +289,7 @@ class World:
     def content(self) -> dict[str, list[Any]]:
         """Every row of every table but the log's and the used assertions'."""
         skipped = {"log_entries", "log_head", "log_nodes", "used_assertions", "pseudonyms"}
-        with self.authority.core.database.transaction() as connection:
+        with self.authority.core.database.reading() as connection:
             return {
                 name: sorted(map(repr, connection.execute(select(table)).all()))
                 for name, table in metadata.tables.items()

@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cloister.stores.database import Database
+from cloister.stores.keys import EmbeddedKeys
+from cloister.stores.tables import token_keys
+
 ROOT = Path(__file__).parents[1]
 ADULT = ROOT / "jobs" / "examples" / "adult"
 PEOPLE = {
@@ -89,3 +93,11 @@ class CommandLine:
 
     def blobs(self) -> set[Path]:
         return {path for path in (self.home / "authority" / "blobs").rglob("*") if path.is_file()}
+
+    def signing_key(self) -> tuple[bytes, str]:
+        """The private key (PEM) that signs access tokens now, and its id."""
+        database = Database(self.home / "authority" / "state.db")
+        with database.reading() as connection:
+            row = connection.execute(token_keys.select().where(token_keys.c.retired.is_(None))).one()
+        database.close()
+        return EmbeddedKeys(self.home / "authority" / "keys").secret(row.secret), row.key_id

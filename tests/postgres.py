@@ -60,9 +60,9 @@ def _unprivileged() -> dict[str, Any]:
     raise LookupError("there is no account that the server could run as")
 
 
-def _roomy_memory() -> Path | None:
-    """Where a new database takes 20 ms; a disk takes five times as long. (Not every machine has the room.)"""
-    memory = Path("/dev/shm")  # noqa: S108  (the server's folder there is closed to others)
+def roomy_memory() -> Path | None:
+    """A folder in which nothing waits for a disk, on machines that have the room."""
+    memory = Path("/dev/shm")  # noqa: S108  (what is made there is closed to others)
     return memory if memory.is_dir() and shutil.disk_usage(memory).free > MEMORY_BYTES else None
 
 
@@ -179,7 +179,7 @@ def running() -> Iterator[Server]:
     if programs is None:
         pytest.skip("PostgreSQL's server is not installed (Debian: apt install postgresql)")
     account = _unprivileged()
-    folder = Path(tempfile.mkdtemp(prefix="cloister-postgres-", dir=_roomy_memory()))
+    folder = Path(tempfile.mkdtemp(prefix="cloister-postgres-", dir=roomy_memory()))
     try:
         password_file = folder / "password"
         password_file.write_text(secrets.token_urlsafe())

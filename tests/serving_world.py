@@ -135,6 +135,7 @@ def signed_release(
 
 @dataclass(frozen=True)
 class Lease:
+    model: str
     model_onnx_sealed: bytes
     model_key: bytes
     seal_context: dict[str, str]
@@ -163,6 +164,7 @@ class FakeAuthority:
         key, context = os.urandom(32), model_seal_context("run-1")
         release = self.release
         return Lease(
+            f"{MODEL}@1",
             seal(key, release.model_onnx, context), key, context, release.manifest, release.bundle,
             release.provenance, release.directory, release.approvals,
         )  # fmt: skip
@@ -236,7 +238,7 @@ def connect_to_fake(endpoint: Endpoint) -> Backing:
     release = pickle.loads((endpoint.directory.parent / "release").read_bytes())  # noqa: S301  our own file
     authority = FakeAuthority(release, budget=10**9)
     authority.token_keys = endpoint.trust.token_keys
-    return Backing(authority=authority, authorizer=lambda _model, _site: allow_all, clock=lambda: NOW)
+    return Backing(authority=authority, authorizer=lambda _model, _reference, _site: allow_all, clock=lambda: NOW)
 
 
 def body(columns: Mapping[str, Sequence[object]] = GOOD_COLUMNS, **extra: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from sqlalchemy import select
 
 from authority_world import APP, CODE, URL, Person, World, lease_body, receiver, training_spec
-from cloister.authority import api
+from cloister.authority import gate
 from cloister.authority.identity import add_identity
 from cloister.canonical import b64
 from cloister.policy.decide import ROLES
@@ -116,7 +116,7 @@ def documented(public: bool) -> set[str]:
         f"{method.upper()} {path}"
         for path, methods in APP.openapi()["paths"].items()
         for method in methods
-        if (path in api.PUBLIC) == public
+        if (path in gate.PUBLIC) == public
     }
 
 
@@ -137,7 +137,7 @@ def test_the_public_routes_are_the_ones_that_are_meant() -> None:
         "GET /v1/health", "GET /v1/info", "GET /v1/checkpoint", "GET /v1/jwks.json", "POST /v1/token",
         "POST /v1/revoke", "GET /.well-known/oauth-authorization-server",
     }  # fmt: skip
-    assert {route.partition(" ")[2] for route in documented(public=True)} == api.PUBLIC - {"/v1/openapi.json"}
+    assert {route.partition(" ")[2] for route in documented(public=True)} == gate.PUBLIC - {"/v1/openapi.json"}
 
 
 # ---- the house in which they try ----
@@ -377,7 +377,7 @@ def _change_roles(world: World, name: str) -> None:
 
 def _change_key(world: World, name: str) -> None:
     new = Person(name, [])
-    assert world.ask(name, "PUT", f"/v1/identities/{name}/key", {"public_key": new.public}).status_code == 200
+    assert world.replace_key(name, new).status_code == 200
 
 
 def _for(kind: str, roles: list[str]) -> Callable[[Mint], str]:
@@ -445,6 +445,7 @@ FAULTS: dict[str, Callable[[Mint], str | None]] = {
     "of somebody who was shut out": _ended(
         lambda world, name: world.post("operator", f"/v1/identities/{name}/revocation")
     ),
+    "of somebody who was shut out, and of the present epoch": lambda mint: _shut_out_but_of_this_epoch(mint),
     "of a later epoch": lambda mint: mint.good(epoch=1),
     "of nobody": lambda mint: mint.good("nobody"),
     "of another kind": lambda mint: mint.good(kind="service"),
@@ -460,6 +461,11 @@ def _log_key(world: World) -> Callable[[bytes], bytes]:
 
     key = SigningKey(world.authority.core.keys.secret("log"))
     return lambda message: bytes(key.sign(message).signature)
+
+
+def _shut_out_but_of_this_epoch(mint: Mint) -> str:
+    _shut_out(mint.world)
+    return mint.good(list(mint.world.people)[-1], epoch=1)
 
 
 def _spliced(mint: Mint) -> str:

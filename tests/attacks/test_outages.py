@@ -14,12 +14,14 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import insert, text
 
+from authority_world import Person, World, lease_body
 from cloister.errors import UnavailableError
 from cloister.stores import engines
 from cloister.stores.database import Database
@@ -358,3 +360,58 @@ def test_an_authority_that_is_cut_off_gives_the_lock_back(poor_place: Place, mon
     assert held(other) == ["b"]
     add(stuck, "c")
     assert held(other) == ["b", "c"]
+
+
+# ---- the authority, when its database is out ----
+
+
+@contextlib.contextmanager
+def no_room(place: Place) -> Iterator[None]:
+    with file_limit(4096):
+        yield
+
+
+@contextlib.contextmanager
+def hung(place: Place) -> Iterator[None]:
+    assert place.server is not None
+    with place.server.hung():
+        yield
+
+
+@contextlib.contextmanager
+def read_only(place: Place) -> Iterator[None]:
+    assert place.server is not None
+    place.server.set("default_transaction_read_only", "on")
+    try:
+        yield
+    finally:
+        place.server.set("default_transaction_read_only", None)
+
+
+@pytest.mark.parametrize("outage", [locked, no_room, hung, read_only], ids=lambda each: each.__name__)
+def test_an_authority_without_its_database_says_so_and_changes_nothing(
+    world: World, outage: Callable[[Place], contextlib.AbstractContextManager[None]]
+) -> None:
+    if world.place.server is None and outage in (hung, read_only):
+        pytest.skip("SQLite has no server")
+    if world.place.server is not None and outage is no_room:
+        pytest.skip("the limit is this process's own, and not the server's: see the test of a full disk")
+    person = Person("new", ["consumer"])
+    newcomer = {"name": person.name, "roles": person.roles, "public_key": person.public}
+    run = world.submit()
+    asked: list[Callable[[], Any]] = [
+        lambda: world.ask("operator", "POST", "/v1/identities", newcomer),
+        lambda: world.ask(run, "POST", f"/v1/runs/{run}/leases", lease_body()),
+        lambda: world.ask("carl", "POST", "/v1/identities", newcomer),  # not even a refusal without a record
+        lambda: world.exchange(world.assertion("ed")),
+    ]
+    for name in ("operator", "carl", run):
+        world.token(name)
+    before = world.content(), world.entries()
+    with outage(world.place):
+        for ask in asked:
+            answer = ask()
+            assert answer.status_code == 503, answer.text
+            assert answer.json()["kind"] == "UnavailableError"
+    assert (world.content(), world.entries()) == before
+    assert [ask().status_code for ask in asked] == [200, 200, 403, 200]

@@ -12,8 +12,7 @@ import httpx
 import pytest
 
 from cloister.process import Daemon
-from cloister.signing import keys, tokens
-from cloister.stores.keys import EmbeddedKeys
+from cloister.signing import tokens
 from command_line import ADULT, CommandLine, free_port
 
 SCHEMA = ADULT / "schema.yaml"
@@ -153,13 +152,11 @@ def test_the_authority_does_not_leave_loopback_without_a_certificate(tmp_path: P
 
 
 def test_an_expired_token_is_called_expired(line: CommandLine, tmp_path: Path) -> None:
-    secrets = EmbeddedKeys(line.home / "authority" / "keys")
+    private, key_id = line.signing_key()
     url = json.loads((line.home / "client" / "authority.json").read_text())["url"]
-    private = secrets.secret("tokens")
-    public = keys.public_to_pem(keys.ed25519_from_pem(private).public_key())
     old = tokens.issue(
         private, issuer=url, subject="olga", audience="urn:cloister:authority", roles=["data-owner"], lifetime_s=600,
-        now=1_700_000_000, key_id=keys.key_id(public),
+        now=1_700_000_000, key_id=key_id,
     )  # fmt: skip
     answer = httpx.get(
         f"{url}/v1/datasets", headers={"Authorization": f"Bearer {old}"}, verify=str(line.home / "client" / "ca.pem")

@@ -31,7 +31,7 @@ from cloister.signing import tokens
 from cloister.stores.blobs import FolderBlobs
 from cloister.stores.database import Database
 from cloister.stores.keys import EmbeddedKeys
-from cloister.stores.tables import data_keys, token_keys
+from cloister.stores.tables import data_keys
 from command_line import ADULT, ROOT, CommandLine, free_port, readme_session
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -205,15 +205,6 @@ class Leaks:
         self.found |= {f"{name} in {place}" for name, needle in self._needles.items() if needle in content}
 
 
-def signing_key(story: Story) -> tuple[bytes, str]:
-    """The private key (PEM) that signs access tokens now, and its id."""
-    database = Database(story.line.home / "authority" / "state.db")
-    with database.reading() as connection:
-        row = connection.execute(token_keys.select().where(token_keys.c.retired.is_(None))).one()
-    database.close()
-    return EmbeddedKeys(story.line.home / "authority" / "keys").secret(row.secret), row.key_id
-
-
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     line = CommandLine(tmp_path_factory.mktemp("story") / "cloister")
@@ -285,7 +276,7 @@ def test_no_row_key_or_token_is_in_any_log_or_record(story: Story) -> None:
     """Ray's own logs went with the cluster: what stays on disk is looked through here, the job's output too."""
     secrets = EmbeddedKeys(story.line.home / "authority" / "keys")
     needles = [
-        signing_key(story)[0],
+        story.line.signing_key()[0],
         secrets.secret("release"),
         (story.line.home / "identities" / "ed.key").read_bytes(),
     ]
@@ -327,7 +318,7 @@ def test_without_a_token_401_and_with_the_wrong_role_403(story: Story) -> None:
 
 
 def test_an_expired_token_is_refused_by_the_endpoint(story: Story, tmp_path: Path) -> None:
-    private, key_id = signing_key(story)
+    private, key_id = story.line.signing_key()
     issuer = json.loads((story.line.home / "client" / "authority.json").read_text())["url"]
     old = tokens.issue(
         private, issuer=issuer, subject="carl", audience=tokens.INFERENCE_AUDIENCE, roles=["consumer"],

@@ -227,11 +227,16 @@ def test_the_authority_keeps_no_data_key_in_clear(world: World) -> None:
         assert b64(key).encode() not in files
 
 
-@pytest.mark.parametrize("budget", [(0.0, 1e-5), (-1.0, 1e-5), (101.0, 1e-5), (1.0, 0.0), (1.0, 0.5), (1e308, 1e-5)])
+@pytest.mark.parametrize("budget", [(0.0, 1e-5), (-1.0, 1e-5), (101.0, 1e-5), (1.0, 0.0), (1.0, 0.5), (1e9, 1e-5)])
 def test_a_budget_outside_its_range_is_refused(calm_world: World, budget: tuple[float, float]) -> None:
     with calm_world.still():
         sent = dict(zip(("epsilon", "delta"), budget, strict=True))
         calm_world.refused(400, "olga", "PUT", "/v1/datasets/adult/budget", sent)
+
+
+def test_a_budget_beyond_all_reason_does_not_even_reach_policy(calm_world: World) -> None:
+    with calm_world.still(entries=0):
+        calm_world.refused(400, "olga", "PUT", "/v1/datasets/adult/budget", {"epsilon": 1e308, "delta": 1e-5})
 
 
 def test_a_budget_is_not_lowered_below_what_is_held(world: World) -> None:

@@ -248,7 +248,7 @@ def test_who_was_shut_out_is_out_at_once_and_for_good(empty_world: World, login:
 def test_a_new_key_ends_the_tokens_and_the_assertions_of_the_old_one(empty_world: World) -> None:
     token, old, new = fresh(empty_world, "ed"), empty_world.people["ed"], Person("ed", ["engineer"])
     with empty_world.recorded("ed", "identity:key"):
-        answer = empty_world.ask("ed", "PUT", "/v1/identities/ed/key", {"public_key": new.public})
+        answer = empty_world.replace_key("ed", new)
     assert answer.status_code == 200
     assert status_of(empty_world, token) == 401
     assert empty_world.exchange(empty_world.assertion("ed", key=old.private)).status_code == 401
@@ -256,7 +256,7 @@ def test_a_new_key_ends_the_tokens_and_the_assertions_of_the_old_one(empty_world
     empty_world.tokens.clear()
     empty_world.people["ed"] = new
     for key in (empty_world.people["eve"].public, "no key"):
-        assert empty_world.ask("ed", "PUT", "/v1/identities/ed/key", {"public_key": key}).status_code in (400, 409)
+        assert empty_world.ask("ed", "PUT", "/v1/identities/ed/key", {"public_key": key}).status_code in (400, 401)
 
 
 def test_the_last_operator_cannot_be_taken_away(empty_world: World) -> None:
@@ -307,8 +307,12 @@ def test_to_end_a_token_twice_or_a_dead_one_does_nothing(empty_world: World) -> 
 def test_to_end_a_refresh_token_ends_what_came_of_it(empty_world: World, login: Login) -> None:
     first, other = exchanged(empty_world, login.token()).json(), exchanged(empty_world, login.token()).json()
     second = refreshed(empty_world, first["refresh_token"]).json()
+    assert status_of(empty_world, second["access_token"]) == 200
     with empty_world.recorded("frida", "token:revoke"):
         assert revoke(empty_world, second["refresh_token"]).status_code == 200
+    for ended in (first, second):
+        assert status_of(empty_world, ended["access_token"]) == 401
+    assert status_of(empty_world, other["access_token"]) == 200
     assert refreshed(empty_world, second["refresh_token"]).status_code == 401
     assert refreshed(empty_world, other["refresh_token"]).status_code == 200
 

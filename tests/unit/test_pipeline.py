@@ -186,11 +186,11 @@ class TestIdentity:
         world = World(authorize=refuse)
         with pytest.raises(PermissionDeniedError):
             ask(world)
-        assert asked == [("dora", frozenset({"consumer"}), "model:infer", MODEL)]
+        assert asked == [("dora", "person", frozenset({"consumer"}), "model:infer")]
         assert world.authority.used == {}
 
     def test_the_shipped_policy_lets_consumers_ask_and_nobody_else(self) -> None:
-        world = World(authorize=cedar_authorizer(VERIFIED, ""))
+        world = World(authorize=cedar_authorizer(VERIFIED, "income@1", ""))
         assert ask(world)["outputs"]
         for roles in ([], ["engineer"], ["operator", "reviewer"], ["consumer", "endpoint"]):
             with pytest.raises(PermissionDeniedError):

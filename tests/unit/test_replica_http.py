@@ -308,7 +308,7 @@ class TestStart:
     """A replica that cannot verify opens no port."""
 
     def start(self, folder: Path, authority: FakeAuthority, **config: Any) -> Replica:
-        def authorizer(_: VerifiedModel, _site: str) -> Authorizer:
+        def authorizer(_: VerifiedModel, _reference: str, _site: str) -> Authorizer:
             return allow_all
 
         def connect(_: Endpoint) -> Backing:

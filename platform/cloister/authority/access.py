@@ -45,6 +45,8 @@ class Access:
             details = {"person": caller.name, "role": role, "seconds": duration_s, "reason": reason}
             row = self._approvals.request(act, "access", f"{role} for {caller.name}", details)
             act.details["approval"] = row.id
+            if row.state == "refused":
+                raise ConflictError("this was refused", "ask for something else, or tomorrow")
         return {"approval": row.id, "role": role, "seconds": duration_s, "required": row.required}
 
     def _grant(self, act: Action, row: Any) -> None:

@@ -62,7 +62,7 @@ def create_app(authority: Authority) -> FastAPI:
     refusals: dict[int | str, dict[str, Any]] = {"4XX": {"model": Refusal}, "5XX": {"model": Refusal}}
     app = FastAPI(
         title="Cloister authority", version="1", docs_url=None, redoc_url=None, openapi_url="/v1/openapi.json",
-        responses=refusals,
+        responses=refusals, redirect_slashes=False,
     )  # fmt: skip
     app.add_middleware(Gate, authority=authority)
     handle_errors(app)
@@ -93,7 +93,7 @@ def create_app(authority: Authority) -> FastAPI:
 
     @route("PUT", "/identities/{name}/key")
     def set_key(c: Who, name: Name, body: NewKey) -> Any:
-        return identities.set_key(c, name, body.public_key)
+        return identities.set_key(c, name, body.public_key, body.proof)
 
     @route("POST", "/identities/{name}/revocation")
     def revoke_identity(c: Who, name: Name) -> Any:

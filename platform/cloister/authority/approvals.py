@@ -19,7 +19,6 @@ from cloister.authority import resources
 from cloister.authority.core import PLATFORM, Action, Caller, Core
 from cloister.authority.identity import load as load_identity
 from cloister.authority.identity import signing_key
-from cloister.authority.sessions import roles_now
 from cloister.errors import (
     ApprovalMissingError,
     CloisterError,
@@ -115,9 +114,10 @@ class Approvals:
         act.details.update(approval=row.id, approvals=len(good), required=row.required)
         if refused:
             raise ConflictError(f"{subject} was refused by {', '.join(refused)}", "change it and ask again")
-        if len(good) < row.required:
+        required = max(row.required, self.required.count(kind))
+        if len(good) < required:
             raise ApprovalMissingError(
-                f"{subject} has {len(good)} of {row.required} approvals that it needs ({kind})",
+                f"{subject} has {len(good)} of {required} approvals that it needs ({kind})",
                 f"somebody who may, and is not its author, runs: cloister approve {row.id}   then {next_step}",
             )
         if kind != "promotion":
@@ -146,8 +146,9 @@ class Approvals:
         who = load_identity(connection, person)
         if who.disabled:
             raise PermissionDeniedError(f"{person} was revoked", "ask somebody else")
-        roles, _ = roles_now(connection, who, self._core.clock())
-        voter = Caller(name=person, roles=frozenset(roles), kind=who.kind)
+        if who.registered_by == row.author:  # or one person could vote by a second name
+            raise PermissionDeniedError(f"{person} was registered by the author of this", "ask somebody else")
+        voter = Caller(name=person, roles=frozenset(who.roles), kind=who.kind)
         asked = Action(self._core, voter, "approval:vote", {})
         asked.connection = connection
         asked.allow(resources.approval(row))
@@ -180,6 +181,7 @@ class Approvals:
         with self._core.action(caller, "approval:vote", approval=approval[:40]) as act:
             row = _load(act.connection, approval)
             act.allow(resources.approval(row))
+            self._may_still(act.connection, row, caller.name)
             if row.state != "open" or row.expires <= self._core.clock():
                 raise NotFoundError("there is no such open approval", "list them: cloister approvals list")
             decision = self._check(act.connection, row, caller.name, envelope)

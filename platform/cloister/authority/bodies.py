@@ -39,7 +39,7 @@ ErrorText = Annotated[str, Field(max_length=16 * 1024)]
 
 
 class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", str_max_length=4096)
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -77,6 +77,7 @@ class NewIdentity(Roles):
 
 class NewKey(Body):
     public_key: Pem
+    proof: Annotated[str, Field(max_length=4096)] = ""
 
 
 class NewNode(Body):

@@ -56,6 +56,8 @@ class Caller:
     node: Node | None = None
     session: str = ""
     """The id of the token that was shown."""
+    lent: frozenset[str] = frozenset()
+    """Those of `roles` that they have for a while only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +70,11 @@ class Resource:
     person: bool = False
 
 
+# What a lent role is no good for: it would outlive itself, or lend itself again.
+LASTING = frozenset({
+    "identity:register", "identity:change", "identity:shred", "node:register", "policy:propose", "token-key:rotate",
+    "approval:vote",
+})  # fmt: skip
 PLATFORM = Resource(type="Platform", name="platform")
 ITSELF = Caller(name="authority", roles=frozenset(), kind="authority")
 
@@ -245,6 +252,11 @@ class Action:
         decision = policy.require(self.request(self.caller, action or self.action, resource))
         self.rule = ",".join(decision.rules)
 
+    def permits(self, resource: Resource) -> bool:
+        """Whether the caller may do this to one of many: for leaving out of a list what they may not see."""
+        policy = self._core.rules.current(self.connection)
+        return policy.decide(self.request(self.caller, self.action, resource)).allowed
+
     def request(self, caller: Caller, action: str, resource: Resource) -> Request:
         """The question as policy is asked it."""
         context: dict[str, str | int | bool] = {"time": int(self._core.clock())}
@@ -255,7 +267,8 @@ class Action:
                 "node_assurance": caller.node.assurance,
             }
         return Request(
-            principal=caller.name, kind=cast(Kind, caller.kind), roles=caller.roles, action=action,
+            principal=caller.name, kind=cast(Kind, caller.kind), action=action,
+            roles=caller.roles - caller.lent if action in LASTING else caller.roles,
             resource_type=resource.type, resource=resource.name, attributes=resource.attributes, context=context,
         )  # fmt: skip
 

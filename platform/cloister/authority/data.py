@@ -133,10 +133,7 @@ class Datasets:
         """Every version that the caller may see."""
         with self._core.reading(caller, "dataset:read") as act:
             rows = act.connection.execute(select(datasets).order_by(datasets.c.name, datasets.c.version)).all()
-            if not rows:
-                act.allow(resources.new_dataset("any", ""))
-            for row in rows:
-                act.allow(resources.dataset(act.connection, row))
+            act.allow(resources.new_dataset("any", caller.name))
             return [
                 {
                     "dataset": f"{row.name}@{row.version}",
@@ -147,6 +144,7 @@ class Datasets:
                     "budget": budget_state(act.connection, row.name),
                 }
                 for row in rows
+                if act.permits(resources.dataset(act.connection, row))
             ]
 
     def set_budget(self, caller: Caller, name: str, epsilon: float, delta: float) -> dict[str, Any]:
@@ -209,6 +207,7 @@ class Datasets:
                 next_step=f"destroy them: cloister key destroy {name}@{version}",
             )  # fmt: skip
             act.details["keys"] = act.connection.execute(delete(data_keys).where(mine)).rowcount
+        self._core.database.scrub()
         return {"dataset": f"{name}@{version}", "keys_destroyed": act.details["keys"]}
 
     def budget(self, caller: Caller, name: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 from typing import Any
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, delete, func, insert, select, update
 
 from cloister.authority import resources
 from cloister.authority.core import PLATFORM, Caller, Core
@@ -99,6 +99,7 @@ class Endpoints:
             act.details.update(model=f"{row.model}@{row.version}", root=model.root_digest)
             evidence = self._models.evidence(model)
             sealed = self._models.sealed_key(model, public_key, purposes.model_lease(endpoint))
+        self._core.anchor(act)
         return evidence | {"sealed": sealed, "blobs": self._blobs_url, "model": f"{row.model}@{row.version}"}
 
     def changes(self, caller: Caller, endpoint: str, after: int, policy_version: int) -> dict[str, Any]:
@@ -110,6 +111,9 @@ class Endpoints:
             row = _endpoint(act.connection, endpoint)
             act.allow(resources.endpoint(row))
             model = load(act.connection, row.model, row.version)
+            newest = act.connection.execute(select(func.max(revocations.c.sequence))).scalar_one_or_none() or 0
+            if after > newest:  # more than there is: the state was restored, so the replica hears all of it again
+                after = 0
             dead = act.connection.execute(
                 select(revocations).where(revocations.c.sequence > after).order_by(revocations.c.sequence)
             ).all()

@@ -25,6 +25,7 @@ from cloister.signing.foreign import ForeignClaims, KeySet
 
 MAX_KEYS_AGE_S = 600
 MIN_FETCH_INTERVAL_S = 10
+FIRST_KEYS_WAIT_S = 2.0
 MAX_KEY_FILE_BYTES = 256 * 1024
 
 Algorithm = Literal["RS256", "PS256", "ES256", "ES384", "Ed25519", "EdDSA"]
@@ -164,19 +165,29 @@ class _Keys:
         keys = self._fresh()
         if keys is not None and key_id in keys:
             return keys
-        with self._lock:
+        # Nobody waits long for somebody else's fetch: a slow issuer would take all the threads there are.
+        if not self._lock.acquire(timeout=FIRST_KEYS_WAIT_S if keys is None else 0):
+            return self._or_unavailable(keys)
+        try:
             keys = self._fresh()
             if (keys is not None and key_id in keys) or not self._may_fetch():
-                if keys is None:
-                    raise self._unavailable()
-                return keys
-            self._tried_at = self._clock()
+                return self._or_unavailable(keys)
+            asked_at = self._clock()
             try:
                 keys = self._read()
             except (CloisterError, OSError):
                 raise self._unavailable() from None
-            self._current = (keys, self._tried_at)
+            finally:
+                self._tried_at = self._clock()
+            self._current = (keys, asked_at)
             return keys
+        finally:
+            self._lock.release()
+
+    def _or_unavailable(self, keys: KeySet | None) -> KeySet:
+        if keys is None:
+            raise self._unavailable()
+        return keys
 
     def _fresh(self) -> KeySet | None:
         current = self._current

@@ -19,20 +19,21 @@ from cloister.authority.pseudonyms import shred
 from cloister.errors import AuthenticationError, ConflictError, InputError, NotFoundError
 from cloister.policy.decide import ROLES
 from cloister.signing.keys import ed25519_public_from_pem, public_to_pem
-from cloister.signing.tokens import MAX_LIFETIME_S
-from cloister.stores.tables import elevations, identities, refresh_tokens, revocations
+from cloister.signing.tokens import MAX_LIFETIME_S, key_proof_audience, verify_assertion
+from cloister.stores.tables import approvals, elevations, identities, refresh_tokens, revocations
 
 PEOPLE_AND_SERVICES = frozenset({"person", "service"})
 NAME = re.compile(r"[a-z][a-z0-9._-]{0,62}")
 # Names that the log uses for the authority itself, strangers and workloads: a person of such a name would be one.
-_RESERVED = re.compile(r"authority|unknown|issuer|(run|ep|u)-.*")
+_RESERVED = re.compile(r"authority|unknown|issuer|(run|ep|u)-.*|[ap]-[0-9a-f]{16}")
 
 
 class Identities:
-    """Who exists."""
+    """Who exists. `issuer` is the authority's URL."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Core, *, issuer: str) -> None:
         self._core = core
+        self._issuer = issuer
 
     def register(
         self, caller: Caller, name: str, roles: list[str], *, public_key: str | None = None, kind: str = "person",
@@ -50,7 +51,7 @@ class Identities:
             if kind not in PEOPLE_AND_SERVICES:
                 raise InputError("an identity is a person or a service", "nodes: cloister node add")
             require_free(name)
-            if not public_key and not (issuer and subject):
+            if bool(issuer) != bool(subject) or not (public_key or issuer):
                 raise InputError("an identity needs a public key, or an issuer and a subject", "see --help")
             add_identity(
                 act.connection, name, roles, public_key, caller.name, self._core.clock(), kind=kind, issuer=issuer,
@@ -92,8 +93,12 @@ class Identities:
             _check_roles(roles)
             if row.kind not in PEOPLE_AND_SERVICES:
                 raise InputError(f"{name} is a {row.kind}, whose role is fixed", "register another identity")
-            act.connection.execute(update(identities).where(identities.c.name == name).values(roles=roles))
+            _require_access(row)
+            # By the caller's word from now on: an issuer's groups do not undo it.
+            changed = {"roles": roles, "registered_by": caller.name}
+            act.connection.execute(update(identities).where(identities.c.name == name).values(**changed))
             _require_operator(act.connection)
+            _end_loans(act.connection, name)
             end_tokens(act.connection, name, self._core.clock())
         return {"name": name, "roles": roles}
 
@@ -106,17 +111,32 @@ class Identities:
         with self._core.action(caller, "identity:revoke") as act:
             row = load(act.connection, name)
             act.allow(resources.identity(row))
+            _require_access(row)
             act.connection.execute(update(identities).where(identities.c.name == name).values(disabled=True))
             _require_operator(act.connection)
+            _end_loans(act.connection, name)
             end_tokens(act.connection, name, self._core.clock())
         return {"name": name, "disabled": True}
 
-    def set_key(self, caller: Caller, name: str, public_key: str) -> dict[str, Any]:
-        """Register one's own signing key, or another in its place. Votes by the old key do not count any more."""
+    def set_key(self, caller: Caller, name: str, public_key: str, proof: str = "") -> dict[str, Any]:
+        """Register one's own signing key, or another in its place. Votes by the old key do not count any more.
+
+        To replace a key takes `proof`, an assertion that the old one signed for the new one (`key_proof_audience`):
+        a token alone lives minutes, and must not become a key that lives for ever.
+
+        Raises:
+            AuthenticationError: no good proof.
+            ConflictError: the key is registered already.
+        """
         with self._core.action(caller, "identity:key") as act:
             row = load(act.connection, name)
             act.allow(resources.identity(row))
             pem = _key_text(public_key)
+            if row.public_key is not None:
+                audience = key_proof_audience(self._issuer, pem.encode())
+                verify_assertion(
+                    proof, row.public_key.encode(), subject=name, audience=audience, now=self._core.clock()
+                )
             try:
                 with act.connection.begin_nested():
                     act.connection.execute(update(identities).where(identities.c.name == name).values(public_key=pem))
@@ -142,6 +162,7 @@ class Identities:
             act.details["name"] = act.person(name)
             act.resource = None  # or the entry would make a new pseudonym, and undo what it records
             act.details["pseudonyms"] = shred(act.connection, name)
+        self._core.database.scrub()
         return {"name": name, "forgotten": True}
 
     def list(self, caller: Caller) -> list[dict[str, Any]]:
@@ -207,6 +228,18 @@ def end_tokens(connection: Connection, name: str, now: float, token_id: str | No
     connection.execute(
         insert(revocations).values(sequence=last + 1, name=name, epoch=epoch, token_id=token_id, created=now)
     )
+
+
+def _end_loans(connection: Connection, name: str) -> None:
+    """What was lent to somebody, or asked for, was so under the roles that they had."""
+    connection.execute(delete(elevations).where(elevations.c.name == name))
+    asked = (approvals.c.kind == "access") & (approvals.c.author == name) & (approvals.c.state == "open")
+    connection.execute(update(approvals).where(asked).values(state="void"))
+
+
+def _require_access(row: Any) -> None:
+    if row.disabled:
+        raise ConflictError(f"{row.name} was revoked already", "revoking is for good: register another name")
 
 
 def load(connection: Connection, name: str) -> Any:

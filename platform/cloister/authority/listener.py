@@ -26,14 +26,19 @@ from cloister.errors import CloisterError, InputError
 from cloister.signing import certificates
 
 RENEW_CHECK_S = 30.0
+SILENCE_S = 10.0
 _log = logging.getLogger("cloister.authority")
 
 
 class _Protocol(H11Protocol):
-    """HTTP over one TLS connection, whose client certificate goes with every request."""
+    """HTTP over one TLS connection, whose client certificate goes with every request.
+
+    Whoever connects and says nothing is let go of, so that a few silent strangers cannot take all the places.
+    """
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self.loop.call_later(SILENCE_S, self._end_silence)
         tls = transport.get_extra_info("ssl_object")
         certificate = tls.getpeercert(binary_form=True) if tls else None
         application = self.app
@@ -42,6 +47,10 @@ class _Protocol(H11Protocol):
             await application({**scope, PEER: certificate}, receive, send)
 
         self.app = with_peer
+
+    def _end_silence(self) -> None:
+        if self.cycle is None and not self.transport.is_closing():  # not one whole request head yet
+            self.transport.close()
 
 
 class Listener(uvicorn.Server):
@@ -65,6 +74,8 @@ class Listener(uvicorn.Server):
             http=_Protocol,
             ssl_certfile=str(certificate),
             ssl_keyfile=str(key),
+            ws="none",
+            proxy_headers=False,  # nothing stands in front that could be believed: the log says who really called
             access_log=False,
             log_level="warning",
             server_header=False,

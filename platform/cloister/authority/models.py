@@ -61,17 +61,22 @@ class Models:
             ConflictError: the run is not training, or it has steps left.
             InputError: the manifest is not about this run, or the blob is not in its folder.
         """
+        with self._core.reading(caller, "run:work") as asked:
+            row = load_run(asked.connection, run)
+            asked.allow(resources.run(row))
+        check_path(blob, below=f"models/{run}/")
+        # Before the transaction: however large the file is, it must not hold the database's lock.
+        stored = sha256_hex(self._blobs.get(blob)) if _is_trained(row) else ""
         with self._core.action(caller, "run:work", step="register") as act:
             row = load_run(act.connection, run)
             act.allow(resources.run(row))
-            if row.state != "training" or row.steps_committed != row.plan["steps"]:
+            if not _is_trained(row):
                 raise ConflictError(f"{run} is {row.state} after {row.steps_committed} steps", "submit a new run")
             manifest, spec = ModelManifest.from_bytes(manifest_bytes), TrainingSpec.parse(row.spec)
             about = (manifest.run, manifest.dataset, manifest.name, manifest.label)
             if about != (run, spec.dataset, spec.model_name, spec.label):
                 raise InputError("the model manifest is about another run", "export the model of this run")
-            check_path(blob, below=f"models/{run}/")
-            if sha256_hex(self._blobs.get(blob)) != blob_sha256:
+            if stored != blob_sha256:
                 raise IntegrityError("the stored model is not the one that is registered", "submit the run again")
             name = manifest.name
             version = self._next_version(act.connection, name)
@@ -187,7 +192,7 @@ class Models:
         with self._core.reading(caller, "model:read") as act:
             act.allow(resources.ANY_MODEL)
             rows = act.connection.execute(select(models).order_by(models.c.name, models.c.version)).all()
-        return [_public(row) for row in rows]
+            return [_public(row) for row in rows if act.permits(resources.model(row))]
 
     def show(self, caller: Caller, name: str, version: int) -> dict[str, Any]:
         """Everything that is public about a model: manifest, bundle, provenance, approvals."""
@@ -202,9 +207,12 @@ class Models:
             row = load(act.connection, name, version)
             act.allow(resources.model(row))
             act.details["root"] = row.root_digest
-            return self.evidence(row) | {
-                "sealed": self.sealed_key(row, public_key, purposes.model_export(name, version))
+            evidence = self.evidence(row) | {
+                "model": f"{name}@{version}",
+                "sealed": self.sealed_key(row, public_key, purposes.model_export(name, version)),
             }
+        self._core.anchor(act)
+        return evidence
 
     def sealed_key(self, row: Any, public_key: bytes, info: bytes) -> str:
         """The model's key, sealed to its receiver (HPKE), as base64."""
@@ -224,6 +232,10 @@ class Models:
             "blob_sha256": row.blob_sha256,
             "seal_context": row.seal_context,
         }
+
+
+def _is_trained(run: Any) -> bool:
+    return bool(run.state == "training" and run.steps_committed == run.plan["steps"])
 
 
 def _refuse(act: Action, request: Any) -> None:

@@ -54,7 +54,9 @@ class Policies:
         with self._core.reading(caller, "policy:propose") as asked:
             asked.allow(PLATFORM)
         if text.strip():
-            Policy.shipped().with_site(text)
+            coming = Policy.shipped().with_site(text)
+            if not coming.decide(asked.request(caller, "policy:propose", PLATFORM)).allowed:
+                raise InputError("under these policies you could not propose others", "leave a way back")
         with self._core.action(caller, "policy:propose", digest=sha256_hex(text.encode("utf-8", "replace"))) as act:
             act.allow(PLATFORM)
             if len(text) > MAX_TEXT_CHARS or len(reason) > MAX_REASON_CHARS:

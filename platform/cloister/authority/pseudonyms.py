@@ -15,6 +15,7 @@ from sqlalchemy import Connection, delete, insert, select
 
 from cloister.stores.tables import pseudonyms
 
+LOCAL = "local"
 STRANGER = "unknown"  # whom addresses belong to that nobody has logged in from
 
 
@@ -31,11 +32,11 @@ def pseudonym_of(connection: Connection, person: str, value: str | None = None) 
 
 
 def source_of(connection: Connection, person: str, source: str) -> str:
-    """A pseudonym where `source` is an address, since that says who somebody is; words such as `local` stay."""
+    """A pseudonym where `source` is an address, since that says who somebody is; `local` stays, and nothing else."""
     try:
         ipaddress.ip_address(source)
     except ValueError:
-        return source
+        return LOCAL if source == LOCAL else STRANGER
     return pseudonym_of(connection, person, source)
 
 

@@ -10,6 +10,7 @@ worker runs the code whose digest it states, if whoever controls its node lies (
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import threading
 from functools import lru_cache
@@ -27,7 +28,14 @@ from cloister.authority.ledger import budget_state
 from cloister.canonical import b64, canonical_json, sha256_hex
 from cloister.datasets.manifest import DatasetManifest, parse_reference
 from cloister.datasets.schema import Column, DatasetSchema
-from cloister.errors import BudgetError, ConflictError, InputError, NotFoundError, PermissionDeniedError
+from cloister.errors import (
+    BudgetError,
+    ConflictError,
+    InputError,
+    NotFoundError,
+    PermissionDeniedError,
+    UnavailableError,
+)
 from cloister.models.release import model_seal_context
 from cloister.privacy.plan import PrivacyPlan, make_plan
 from cloister.privacy.spec import TrainingSpec
@@ -38,6 +46,7 @@ from cloister.stores.tables import data_keys, leases, runs
 
 # Accounting takes a core for seconds and up to a gigabyte: one at a time, whoever asks.
 _ACCOUNTING = threading.Lock()
+_PLANS = threading.BoundedSemaphore(4)  # who waits for a plan holds a thread of the server's
 ENDED = frozenset({"finished", "failed", "stopped"})
 EVALUATION_EPSILON = 1.0
 MAX_STEPS = 50_000  # accounting for this many takes about 20 s of a core, inside one request
@@ -269,7 +278,7 @@ class Runs:
         with self._core.reading(caller, "run:read") as act:
             rows = act.connection.execute(select(runs).order_by(runs.c.created.desc()).limit(100)).all()
             act.allow(resources.any_run(caller.name))
-        return [_public(row) for row in rows]
+            return [_public(row) for row in rows if act.permits(resources.run(row))]
 
     def _manifest(self, act: Action, spec: TrainingSpec) -> tuple[DatasetManifest, Any]:
         """The dataset that a spec means, once policy allows its use: asked about the classes of the columns used."""
@@ -313,7 +322,11 @@ def _plan(spec: TrainingSpec, rows: int) -> PrivacyPlan:
         raise InputError(
             f"a run has at most {MAX_STEPS:,} steps", "lower training.epochs or raise training.expected_batch_size"
         )
-    with _ACCOUNTING:
+    if not _PLANS.acquire(blocking=False):
+        raise UnavailableError("other plans are being computed", "try again in a few seconds")
+    with contextlib.ExitStack() as stack:
+        stack.callback(_PLANS.release)
+        stack.enter_context(_ACCOUNTING)
         return _cached_plan(
             spec.privacy.epsilon, spec.privacy.delta, spec.privacy.max_grad_norm, spec.training.epochs,
             spec.training.expected_batch_size, rows,

@@ -86,7 +86,7 @@ class Authority:
         self.log = Log(self.core, verifier_key, [key for key, _ in opened])
         self.witnessing = Witnessing(self.core, [witness for _, witness in opened if witness])
         write_atomic(directory / "log.pub", self.log.verifier_key.encode() + b"\n")
-        self.identities = Identities(self.core)
+        self.identities = Identities(self.core, issuer=url)
         self.sessions = Sessions(self.core, issuer=url, issuers=issuers)
         self.nodes = Nodes(self.core, node_ca_key, self.node_ca)
         self.approvals = Approvals(self.core, required or Required())

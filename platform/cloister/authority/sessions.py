@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from joserfc.jwk import OKPKey
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, delete, exists, insert, select, update
 
 from cloister.authority.core import ITSELF, PLATFORM, Caller, Core, Resource
 from cloister.authority.federation import Federation
@@ -134,9 +134,10 @@ class Sessions:
         with self._core.database.transaction() as connection:
             name = self._vouched_for(connection, claims, kind, mapped)
             if name is not None:
-                answer = self._issue(connection, name, audience, source, peer, rule="outside-issuer")
+                family = secrets.token_hex(8)
+                answer = self._issue(connection, name, audience, source, peer, rule="outside-issuer", family=family)
                 if kind == "person":
-                    answer["refresh_token"] = self._refresh_token(connection, name, secrets.token_hex(8))
+                    answer["refresh_token"] = self._refresh_token(connection, name, family)
                 return answer | {"name": name}
         raise AuthenticationError(
             "the issuer vouches for you, but nobody has given you access here",
@@ -182,7 +183,7 @@ class Sessions:
             row = connection.execute(select(refresh_tokens).where(refresh_tokens.c.digest == digest)).one_or_none()
             if row is not None and not row.used:
                 connection.execute(update(refresh_tokens).where(refresh_tokens.c.digest == digest).values(used=True))
-                answer = self._issue(connection, row.name, audience, source, peer, rule="refresh")
+                answer = self._issue(connection, row.name, audience, source, peer, rule="refresh", family=row.family)
                 answer["refresh_token"] = self._refresh_token(connection, row.name, row.family, row.expires)
                 return answer
             if row is not None and row.used:
@@ -193,7 +194,7 @@ class Sessions:
 
     def _issue(
         self, connection: Connection, name: str, audience: str, source: str, peer: Peer | None, *, rule: str,
-        key: str | None = None,
+        key: str | None = None, family: str = "",
     ) -> dict[str, Any]:  # fmt: skip
         now = self._core.clock()
         row = connection.execute(select(identities).where(identities.c.name == name)).one()
@@ -202,9 +203,12 @@ class Sessions:
         roles, until = roles_now(connection, row, now)
         lifetime_s = max(1, int(min(until - now, tokens.MAX_LIFETIME_S)))
         key_id, private = self._signing_key(connection)
+        # A replica knows nothing of the caller's connection to the authority.
+        thumbprint = peer.thumbprint if peer and audience == tokens.AUTHORITY_AUDIENCE else None
         token = tokens.issue(
             private, issuer=self.issuer, subject=name, audience=audience, roles=roles, lifetime_s=lifetime_s, now=now,
-            key_id=key_id, kind=row.kind, epoch=row.epoch, thumbprint=peer.thumbprint if peer else None,
+            key_id=key_id, kind=row.kind, epoch=row.epoch, thumbprint=thumbprint,
+            token_id=f"{family or secrets.token_hex(8)}.{secrets.token_hex(8)}",
         )  # fmt: skip
         caller = Caller(name=name, roles=frozenset(roles), kind=row.kind, source=source)
         self._core.append(connection, caller, "token:issue", Resource(type="Audience", name=audience), "success", rule)
@@ -245,19 +249,21 @@ class Sessions:
         with self._core.database.reading() as connection:
             self._verifier.trust(self.public_keys(connection))
             claims = self._verifier.verify(token, now)
-            row = connection.execute(select(identities).where(identities.c.name == claims.subject)).one_or_none()
-            revoked = connection.execute(
-                select(revocations.c.sequence).where(revocations.c.token_id == claims.token_id)
-            )
-            if row is None or row.disabled or (row.epoch, row.kind) != (claims.epoch, claims.kind) or revoked.first():
+            ended = exists().where(revocations.c.token_id.in_(claims.token_ids)).label("ended")
+            lent = exists().where(elevations.c.name == identities.c.name, elevations.c.expires > now).label("lent")
+            asked = select(identities, ended, lent).where(identities.c.name == claims.subject)
+            row = connection.execute(asked).one_or_none()
+            if row is None or row.ended or row.disabled or (row.epoch, row.kind) != (claims.epoch, claims.kind):
                 raise AuthenticationError("this access has changed or ended", "get a new token: cloister login NAME")
-            roles, _ = roles_now(connection, row, now)
+            roles = roles_now(connection, row, now)[0] if row.lent else row.roles
+            lent_roles = frozenset(roles) - frozenset(row.roles)
             node = node_of(connection, peer, now) if peer else None
         if claims.thumbprint is not None and (peer is None or peer.thumbprint != claims.thumbprint):
             raise AuthenticationError("this token belongs to another connection", "ask for a token over mutual TLS")
         return Caller(
-            name=row.name, roles=frozenset(roles), kind=row.kind, source=source, node=node, session=claims.token_id
-        )
+            name=row.name, roles=frozenset(roles), kind=row.kind, source=source, node=node, session=claims.token_id,
+            lent=lent_roles,
+        )  # fmt: skip
 
     # ---- ending ----
 
@@ -269,6 +275,7 @@ class Sessions:
             row = connection.execute(select(refresh_tokens).where(refresh_tokens.c.digest == digest)).one_or_none()
             if row is not None:
                 connection.execute(delete(refresh_tokens).where(refresh_tokens.c.family == row.family))
+                end_tokens(connection, row.name, now, row.family)  # the access tokens of the session too
                 self._note_end(connection, row.name, source, "refresh-token")
                 return
             claims = None

@@ -48,7 +48,8 @@ class AuthoritySettings(BaseModel):
 
     @property
     def url(self) -> str:
-        return f"https://{self.host}:{self.port}"
+        host = f"[{self.host}]" if ":" in self.host else self.host  # RFC 3986 section 3.2.2
+        return f"https://{host}:{self.port}"
 
     def open_database(self) -> Database | None:
         """PostgreSQL, if it is named.

@@ -85,9 +85,7 @@ def export(
     elif form == "cloister":
         output.say(f"{shown['entries']} entries are in {file}. Next: cloister audit verify {file}")
     else:
-        output.say(
-            f"{shown['entries']} entries are in {file}. It cannot be verified: for that, leave out --format."
-        )
+        output.say(f"{shown['entries']} entries are in {file}. It cannot be verified: for that, leave out --format.")
 
 
 @audit.command()

@@ -10,7 +10,7 @@ import click
 
 from cloister.cli import output
 from cloister.cli.context import NAME, Context, authority_address, common, key_file, session_file
-from cloister.errors import ConflictError, InputError
+from cloister.errors import CloisterError, ConflictError, InputError, UnavailableError
 from cloister.stores.files import private_directory, write_atomic
 
 RESOURCES = ("authority", "inference")
@@ -137,11 +137,20 @@ def add(
             )
         made = keys.generate_ed25519()
         body["public_key"] = keys.public_to_pem(made.public_key()).decode()
-    shown = context.client().post("/v1/identities", body)
-    if made is not None:
+    client = context.client()
+    if made is not None:  # on disk before the authority knows of it
         private_directory(context.home.identities)
         write_atomic(private, keys.private_to_pem(made), replace=False)
         write_atomic(private.with_suffix(".pub"), body["public_key"].encode())
+    try:
+        shown = client.post("/v1/identities", body)
+    except UnavailableError:
+        raise  # it may have been recorded: the key stays
+    except CloisterError:
+        if made is not None:
+            private.unlink()
+            private.with_suffix(".pub").unlink()
+        raise
     if context.json:
         output.value(shown)
     else:
@@ -217,18 +226,32 @@ def new(context: Context, name: str) -> None:
 @identity.command()
 @common
 def key(context: Context) -> None:
-    """Make and register a signing key of your own, for whoever logs in at an issuer and is to approve or seal."""
-    from cloister.signing import keys
+    """Make and register a signing key of your own, or a new one in its place.
+
+    For whoever logs in at an issuer and is to approve or seal; and for a key that has been in use for long enough.
+    """
+    import time
+
+    from cloister.signing import keys, tokens
 
     name = context.name()
     client = context.client()
-    if client.get("/v1/me")["has_key"]:
-        raise ConflictError(f"{name} has a key already", "nothing to do")
+    private = key_file(context.home, name)
     made = keys.generate_ed25519()
     public = keys.public_to_pem(made.public_key())
-    _require_no_key(context, name)
-    shown = client.put(f"/v1/identities/{name}/key", {"public_key": public.decode()})
-    _write_key(context, name, keys.private_to_pem(made), public)
+    body = {"public_key": public.decode()}
+    if client.get("/v1/me")["has_key"]:
+        audience = tokens.key_proof_audience(client.url, public)
+        body["proof"] = tokens.issue_assertion(context.private_key(), subject=name, audience=audience, now=time.time())
+    coming = private.with_suffix(".key.new")  # on disk before the authority knows of it
+    write_atomic(coming, keys.private_to_pem(made))
+    try:
+        shown = client.put(f"/v1/identities/{name}/key", body)
+    except CloisterError:
+        coming.unlink()
+        raise
+    coming.replace(private)
+    write_atomic(private.with_suffix(".pub"), public)
     if context.json:
         output.value(shown)
     else:

@@ -44,10 +44,11 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, empty: str) 
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     grid = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
     for row in texts:
-        grid.add_row(*row)
+        grid.add_row(*map(Text, row))
     Console().print(grid)
 
 

@@ -62,7 +62,7 @@ def start_authority(home: Home, settings: AuthoritySettings) -> dict[str, Any]:
         UnavailableError: the port is taken, or it did not come up.
     """
     daemon = Daemon(home.authority / "daemon")
-    url = f"https://{settings.host}:{settings.port}"
+    url = settings.url
     if daemon.process() is not None and daemon.status()["state"] == "ready":
         return {"url": _known_url(home) or url, "started": False}
     require_free_port(settings.host, settings.port)

@@ -52,6 +52,8 @@ class TrainingLease:
 class ModelLease:
     """A sealed model, its key, and the evidence that a replica verifies."""
 
+    model: str
+    """`name@version`."""
     model_onnx_sealed: bytes = field(repr=False)
     model_key: bytes = field(repr=False)
     seal_context: dict[str, str]
@@ -257,6 +259,7 @@ class AuthorityClient:
                 "restore the blob from a backup, or train again; nothing was opened",
             )
         return ModelLease(
+            model=str(answer["model"]),
             model_onnx_sealed=sealed,
             model_key=unb64(json.loads(one_time.open(unb64(answer["sealed"]), info))["model_key"]),
             seal_context=answer["seal_context"],

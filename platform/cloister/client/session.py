@@ -43,9 +43,10 @@ def exchange(url: str, ca: Path, foreign_token: str, directory: Path) -> str:
 
 def end(url: str, ca: Path, file: Path) -> None:
     """End the session in `file`, there and here."""
-    kept = read_json(file, what="session", hint=_HINT)
-    file.unlink()
-    _post(url, ca, "/v1/revoke", {"token": kept["refresh_token"]})
+    with Session(file).turn():
+        kept = read_json(file, what="session", hint=_HINT)
+        _post(url, ca, "/v1/revoke", {"token": kept["refresh_token"]})
+        file.unlink()  # only now: with the authority away, it could not be ended any more
 
 
 @dataclass(frozen=True, slots=True)

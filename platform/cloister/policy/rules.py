@@ -79,6 +79,9 @@ def prepare(rules: Mapping[str, Any]) -> cedarpy.PolicySet:
 
 
 def _require_modest(text: str) -> None:
+    for number, content in enumerate(text.split("\n"), 1):  # what does not show would hide a rule from who approves it
+        if not content.replace("\t", " ").isprintable() or "\ufffd" in content:
+            raise InputError(f"line {number}: a character that does not show", "write plain text")
     depth = length = path = 0
     for match in _PIECE.finditer(text):
         piece = match.group()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import time
+from typing import cast
 
 from cloister.client.authority import AuthorityClient
 from cloister.client.node import present_node
 from cloister.models.release import PRODUCTION
 from cloister.policy import Policy, Request
+from cloister.policy.decide import Kind
 from cloister.serving.endpoint import Endpoint
 from cloister.serving.pipeline import Authorizer
 from cloister.serving.release import VerifiedModel
@@ -33,18 +35,19 @@ def connect(endpoint: Endpoint) -> Backing:
     return Backing(authority=authority, authorizer=cedar_authorizer)
 
 
-def cedar_authorizer(model: VerifiedModel, site: str) -> Authorizer:
+def cedar_authorizer(model: VerifiedModel, reference: str, site: str) -> Authorizer:
     """The shipped Cedar policies and the site's own, asked about `model` with the facts that its release proved."""
     policy = Policy.shipped().with_site(site) if site.strip() else Policy.shipped()
 
-    def authorize(subject: str, roles: frozenset[str], action: str, resource: str) -> None:
+    def authorize(subject: str, kind: str, roles: frozenset[str], action: str) -> None:
         policy.require(
             Request(
                 principal=subject,
+                kind=cast(Kind, kind),
                 roles=roles,
                 action=action,
                 resource_type="Model",
-                resource=resource,
+                resource=reference,
                 attributes={"author": model.author, "stage": PRODUCTION},
                 context={"time": int(time.time())},
             )

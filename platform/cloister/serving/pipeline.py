@@ -42,8 +42,8 @@ _PREFERRED = {"category": "BYTES", "integer": "INT64", "number": "FP64"}
 class Authorizer(Protocol):
     """The policy. Called for every request, in the event loop: it must not wait for the network."""
 
-    def __call__(self, subject: str, roles: frozenset[str], action: str, resource: str) -> None:
-        """Return if `subject` may do `action` to `resource`.
+    def __call__(self, subject: str, kind: str, roles: frozenset[str], action: str) -> None:
+        """Return if `subject`, a person or a service, may do `action` to the model that is served.
 
         Raises:
             PermissionDeniedError: it may not.
@@ -104,7 +104,7 @@ class Pipeline:
         self._liveness.require_live(claims)
         if model != self._model.manifest.name:
             raise NotFoundError("this endpoint does not serve that model", "cloister serve status")
-        self._authorize(claims.subject, claims.roles, INFER_ACTION, model)  # 2
+        self._authorize(claims.subject, claims.kind, claims.roles, INFER_ACTION)  # 2
         return claims
 
     def admit(self, authorization: str | None, model: str) -> Claims:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from cloister.errors import UnavailableError
+from cloister.errors import IntegrityError, UnavailableError
 from cloister.sealing.stream import open_sealed
 from cloister.serving.app import build_app
 from cloister.serving.endpoint import Endpoint, open_endpoint
@@ -37,6 +37,8 @@ from cloister.signing.tokens import TokenVerifier
 class ModelLease(Protocol):
     """What the authority hands out for one endpoint. `cloister.client.authority.ModelLease` fits."""
 
+    @property
+    def model(self) -> str: ...
     @property
     def model_onnx_sealed(self) -> bytes: ...
     @property
@@ -74,8 +76,8 @@ class Backing:
     """What a replica needs from outside of this package."""
 
     authority: Authority
-    authorizer: Callable[[VerifiedModel, str], Authorizer]
-    """Makes the policy for the model that was verified, with the site's own rules."""
+    authorizer: Callable[[VerifiedModel, str, str], Authorizer]
+    """Makes the policy for the model that was verified, known as `name@version`, with the site's own rules."""
     clock: Callable[[], float] = time.time
 
 
@@ -90,14 +92,14 @@ class Replica:
         """
         endpoint = open_endpoint(Path(directory))  # 1
         backing = connect(endpoint)
-        model = leased_model(endpoint, backing)  # 2 to 4
+        model, reference = leased_model(endpoint, backing)  # 2 to 4
         config, trust = endpoint.config, endpoint.trust
         verifier = TokenVerifier(
             {key_id: pem.encode() for key_id, pem in trust.token_keys.items()},
             issuer=trust.token_issuer,
             audience=trust.token_audience,
         )
-        authorize = _Authorize(backing, model)
+        authorize = _Authorize(backing, model, reference)
         self._watch = Watch(backing.authority, config.endpoint, verifier=verifier, on_policy=authorize.follow)  # 5
         pipeline = Pipeline(
             model,
@@ -149,17 +151,18 @@ class Replica:
 class _Authorize:
     """The policy in force, as an `Authorizer`."""
 
-    def __init__(self, backing: Backing, model: VerifiedModel) -> None:
+    def __init__(self, backing: Backing, model: VerifiedModel, reference: str) -> None:
         self._backing = backing
         self._model = model
-        self._ask = backing.authorizer(model, "")
+        self._reference = reference
+        self.follow("")
 
     def follow(self, site: str) -> None:
         """Go by the site's policies `site` from now on."""
-        self._ask = self._backing.authorizer(self._model, site)
+        self._ask = self._backing.authorizer(self._model, self._reference, site)
 
-    def __call__(self, subject: str, roles: frozenset[str], action: str, resource: str) -> None:
-        self._ask(subject, roles, action, resource)
+    def __call__(self, subject: str, kind: str, roles: frozenset[str], action: str) -> None:
+        self._ask(subject, kind, roles, action)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +177,8 @@ class _Blocks:
         return Block(granted=granted, window_ends=window_ends)
 
 
-def leased_model(endpoint: Endpoint, backing: Backing) -> VerifiedModel:
+def leased_model(endpoint: Endpoint, backing: Backing) -> tuple[VerifiedModel, str]:
+    """The model, and the `name@version` that the authority knows it by."""
     lease = backing.authority.lease_model(endpoint.config.endpoint)  # 2
     release = Release(
         model_onnx=open_sealed(lease.model_key, lease.model_onnx_sealed, lease.seal_context),  # 3
@@ -184,10 +188,13 @@ def leased_model(endpoint: Endpoint, backing: Backing) -> VerifiedModel:
         directory=lease.directory,
         approvals=lease.approvals,
     )
-    return verify_release(  # 4
+    model = verify_release(  # 4
         release,
         name=endpoint.config.model,
         release_key_pem=endpoint.trust.release_key.encode(),
         required_approvals=endpoint.trust.required_approvals,
         now=backing.clock(),
     )
+    if lease.model.partition("@")[0] != endpoint.config.model:
+        raise IntegrityError("the lease is for another model than was asked for", "deploy the endpoint again")
+    return model, lease.model

@@ -85,7 +85,7 @@ class Watch:
             raise UnavailableError("this endpoint has lost touch with its authority", "try again in a moment")
         if not self._serving:
             raise UnavailableError("this endpoint was stopped or its model withdrawn", "cloister serve status")
-        if claims.epoch < self._epochs.get(claims.subject, 0) or claims.token_id in self._dead:
+        if claims.epoch < self._epochs.get(claims.subject, 0) or not self._dead.keys().isdisjoint(claims.token_ids):
             raise AuthenticationError("this access has changed or ended", "get a new token: cloister token")
 
     def stop(self) -> None:

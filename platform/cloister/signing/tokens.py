@@ -67,6 +67,11 @@ class Claims:
     expires_at: int
     token_id: str
 
+    @property
+    def token_ids(self) -> tuple[str, str]:
+        """What it may have been revoked by: its own id, and its session's, which is the part before the dot."""
+        return self.token_id, self.token_id.partition(".")[0]
+
 
 def issue(
     private_key_pem: bytes,
@@ -227,6 +232,11 @@ def verify_assertion(token: str, public_pem: bytes, *, subject: str, audience: s
     _match(claims, {"iss": subject, "sub": subject, "aud": audience})
     _times(claims, ASSERTION_LIFETIME_S, now)
     return _name(claims, "jti")
+
+
+def key_proof_audience(issuer: str, new_public_pem: bytes) -> str:
+    """Whom an assertion is for, by which an old key agrees to this new one in its place."""
+    return f"{issuer}#{hashlib.sha256(new_public_pem).hexdigest()}"
 
 
 def unverified_subject(token: str) -> str:

@@ -9,6 +9,7 @@ Not guaranteed: secrecy beyond the file's mode or the server's. There is no key 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,10 +69,7 @@ class Database:
                 committing = True
         except (DBAPIError, PoolTimeoutError) as error:
             in_doubt = committing and isinstance(error, DBAPIError) and error.connection_invalidated
-            done = (
-                "look in the log whether it was done" if in_doubt else "free the disk or the lock; nothing was changed"
-            )
-            raise _refusal(error, done) from None
+            raise _refusal(error, IN_DOUBT if in_doubt else UNDONE) from None
         finally:
             self._turn.release()
 
@@ -88,6 +86,16 @@ class Database:
                 yield connection
         except (DBAPIError, PoolTimeoutError) as error:
             raise _refusal(error, "check that the database runs and can be reached") from None
+
+    def scrub(self) -> None:
+        """Overwrite what was deleted (destroyed keys, shredded names) in SQLite's file and its journal too.
+
+        As far as nobody is reading at this moment; closing the database does the rest. PostgreSQL vacuums later.
+        """
+        if self._writer.dialect.name != "sqlite":
+            return
+        with contextlib.closing(self._writer.raw_connection()) as connection, self._turn:
+            connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def close(self) -> None:
         self._writer.dispose()

@@ -64,7 +64,9 @@ def sqlite_engine(file: Path, *, reading: bool) -> Engine:
         ) from error
     url = URL.create("sqlite", database=str(file))
     engine = create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S}, **_pool(reading))
-    pragmas = ("query_only=ON",) if reading else ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON")
+    pragmas = ("query_only=ON",) if reading else (
+        "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON",
+    )  # fmt: skip
     event.listen(engine, "connect", functools.partial(_configure, pragmas))
     event.listen(engine, "begin", functools.partial(_execute, "BEGIN" if reading else "BEGIN IMMEDIATE"))
     return engine
