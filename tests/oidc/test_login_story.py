@@ -103,8 +103,17 @@ def test_a_person_of_a_group_gets_its_role_and_a_session_that_renews_itself(
 def test_who_votes_registers_a_key_of_their_own_first(line: CommandLine, provider: Provider) -> None:
     name = name_of(log_in(line, provider, "rita"))
     line.json("identity", "key", who=name)
-    assert "has a key already" in line.refused("identity", "key", who=name)
-    assert (line.home / "identities" / f"{name}.key").stat().st_mode & 0o077 == 0
+    key = line.home / "identities" / f"{name}.key"
+    first = key.read_bytes()
+    assert key.stat().st_mode & 0o077 == 0
+    key.unlink()
+    assert "no key" in line.refused("identity", "key", who=name), "a session alone replaces no key"
+    key.write_bytes(first)
+    key.chmod(0o600)
+    line.json("identity", "key", who=name)  # with the old one's word for it
+    assert key.read_bytes() != first
+    assert not key.with_suffix(".key.new").exists()
+    name_of(log_in(line, provider, "rita"))
     (line.home / "identities" / f"{name}.session").unlink()
     assert "does not know" in line.refused("approvals", "list", who=name), (
         "the key signs; the issuer says who may log in"

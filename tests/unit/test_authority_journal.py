@@ -57,7 +57,7 @@ def test_entries_head_and_nodes_are_those_of_the_tree(database: Database) -> Non
     journal, size = Journal(KEY), 0
     for count in (1, 2, 0, 252, 1, 1, 300, 64):
         with database.transaction() as connection:
-            assert journal.append(connection, events(size, count)) == size
+            assert journal.append(connection, events(size, count)).size == size + count
         size += count
         with database.reading() as connection:
             head = journal.head(connection)
@@ -150,7 +150,7 @@ def test_two_journals_over_one_log_take_turns(database: Database) -> None:
     for place in range(0, 20, 2):
         for journal, index in ((one, place), (two, place + 1)):
             with database.transaction() as connection:
-                assert journal.append(connection, [event(index)]) == index
+                assert journal.append(connection, [event(index)]).size == index + 1
     with database.reading() as connection:
         assert one.head(connection) == two.head(connection)
         assert one.head(connection).root == merkle.root_of(leaves(20))

@@ -52,7 +52,7 @@ def grow(core: Core, count: int, actor: str = "ada") -> int:
     """The size after it."""
     one = Event(time="2026-11-22T09:30:00.000Z", actor=actor, action="a:b", resource="c/d", outcome="success")
     with core.database.transaction() as connection:
-        return core.journal.append(connection, [one] * count) + count
+        return core.journal.append(connection, [one] * count).size
 
 
 def stored(core: Core) -> dict[int, str]:

@@ -20,7 +20,7 @@ from typing import Any, cast
 from sqlalchemy import Connection
 
 from cloister.audit.event import ActorKind, Event, Outcome, utc_text
-from cloister.authority.journal import Journal
+from cloister.authority.journal import Head, Journal
 from cloister.authority.pseudonyms import pseudonym_of, source_of
 from cloister.authority.rules import Rules
 from cloister.errors import (
@@ -110,7 +110,7 @@ class Core:
                 except ApprovalMissingError as error:
                     missing, act.outcome = error, "denied"
                 act.require_allowed()
-                act.entry = self.journal.append(connection, [act.event(act.outcome)])
+                act.head = self.journal.append(connection, [act.event(act.outcome)])
         except Exception as error:
             self._record_end(act, error)
             raise
@@ -194,12 +194,10 @@ class Core:
         Callers that wait for one another share one write.
         """
         with self._anchoring:
-            if self._anchored > act.entry:
+            if act.head is None or self._anchored >= act.head.size:
                 return
-            with self.database.reading() as connection:
-                head = self.journal.head(connection)
-            self.keys.remember(head.size, head.root.hex())
-            self._anchored = head.size
+            self.keys.remember(act.head.size, act.head.root.hex())
+            self._anchored = act.head.size
 
     def require_anchored(self) -> None:
         """Refuse a database that is older than what the key service remembers: its ledger would be too.
@@ -238,8 +236,8 @@ class Action:
         self.rule: str | None = None
         self.outcome: Outcome = "success"
         self.correlation = ""
-        self.entry = -1
-        """The index of its entry in the log, once it has ended."""
+        self.head: Head | None = None
+        """The log with its entry, once it has ended."""
 
     def allow(self, resource: Resource, action: str | None = None) -> None:
         """Ask policy whether the caller may do this, or `action` instead, to `resource`.

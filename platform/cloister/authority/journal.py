@@ -55,16 +55,16 @@ class Journal:
         """The C2SP verifier key text of the log."""
         return checkpoint.verifier_key_text(LOG_ORIGIN, self._public)
 
-    def append(self, connection: Connection, events: Sequence[Event]) -> int:
-        """Add `events` in the transaction of their effect, and sign the new tree once. Returns the first one's index.
+    def append(self, connection: Connection, events: Sequence[Event]) -> Head:
+        """Add `events` in the transaction of their effect, and sign the new tree once. Returns the log with them.
 
         Raises:
             IntegrityError: the log in the database is not whole; nothing was appended to it.
         """
-        tree, _ = self._tree(connection)
+        tree, note = self._tree(connection)
         first = tree.size
         if not events:
-            return first
+            return Head(first, tree.root(), note)
         entries = [event.to_bytes() for event in events]
         nodes: list[dict[str, object]] = []
 
@@ -95,7 +95,7 @@ class Journal:
             if connection.execute(update(log_head).where(old).values(**head)).rowcount != 1:
                 raise _broken("the log's head changed while it was appended to")
         self._genuine = note
-        return first
+        return Head(tree.size, root, note)
 
     def head(self, connection: Connection) -> Head:
         """The signed state of the log.

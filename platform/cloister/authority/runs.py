@@ -42,13 +42,14 @@ from cloister.privacy.spec import TrainingSpec
 from cloister.sealing import purposes
 from cloister.sealing.envelope import new_key
 from cloister.sealing.lease import seal_to
-from cloister.stores.tables import data_keys, leases, runs
+from cloister.stores.tables import data_keys, datasets, leases, runs
 
 # Accounting takes a core for seconds and up to a gigabyte: one at a time, whoever asks.
 _ACCOUNTING = threading.Lock()
 _PLANS = threading.BoundedSemaphore(4)  # who waits for a plan holds a thread of the server's
 ENDED = frozenset({"finished", "failed", "stopped"})
 EVALUATION_EPSILON = 1.0
+MAX_MANIFESTS = 32
 MAX_STEPS = 50_000  # accounting for this many takes about 20 s of a core, inside one request
 
 
@@ -59,6 +60,7 @@ class Runs:
         self._core = core
         self._approvals = approvals
         self._blobs_url = blobs_url
+        self._manifests: dict[str, DatasetManifest] = {}
 
     def plan(self, caller: Caller, spec_value: dict[str, Any]) -> dict[str, Any]:
         """What a run would cost. Reads the manifest's public facts, never data."""
@@ -166,8 +168,7 @@ class Runs:
                 raise ConflictError(
                     f"rank {rank} of {run} has had its lease", "a lease is given once; submit a new run"
                 )
-            dataset = load_dataset(act.connection, row.dataset, row.version)
-            manifest = DatasetManifest.parse(dataset.manifest)
+            dataset, manifest = self._leased(act.connection, row)
             keys = self._shard_keys(act.connection, manifest, spec, rank)
             payload: dict[str, Any] = {"keys": {name: b64(key) for name, key in keys.items()}}
             if rank == 0:
@@ -187,6 +188,20 @@ class Runs:
             "evaluation_epsilon": evaluation_epsilon(row.plan),
             "seal_context": model_seal_context(run),
         }
+
+    def _leased(self, connection: Connection, run: Any) -> tuple[Any, DatasetManifest]:
+        """The run's dataset version with its manifest, which is parsed once: it never changes, and may be long."""
+        mine = (datasets.c.name == run.dataset) & (datasets.c.version == run.version)
+        known = connection.execute(
+            select(datasets.c.owner_key, datasets.c.envelope, datasets.c.manifest_digest).where(mine)
+        ).one()
+        manifest = self._manifests.get(known.manifest_digest)
+        if manifest is None:
+            manifest = DatasetManifest.parse(load_dataset(connection, run.dataset, run.version).manifest)
+            if len(self._manifests) >= MAX_MANIFESTS:
+                self._manifests.clear()
+            self._manifests[known.manifest_digest] = manifest
+        return known, manifest
 
     def _shard_keys(
         self, connection: Connection, manifest: DatasetManifest, spec: TrainingSpec, rank: int

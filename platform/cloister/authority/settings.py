@@ -23,6 +23,8 @@ class AuthoritySettings(BaseModel):
 
     host: str = Field(default="127.0.0.1", min_length=1, max_length=253)
     port: int = Field(default=DEFAULT_PORT, ge=1, le=65535)
+    public_url: str | None = Field(default=None, pattern=r"^https://[^/\s]+$", max_length=300)
+    """What callers know it by, if not by host and port: the same for all authorities over one database."""
     tls_certificate: Path | None = None
     """PEM chain that names `host`; read again when the file changes, as cert-manager changes it."""
     tls_key: Path | None = None
@@ -48,6 +50,8 @@ class AuthoritySettings(BaseModel):
 
     @property
     def url(self) -> str:
+        if self.public_url:
+            return self.public_url
         host = f"[{self.host}]" if ":" in self.host else self.host  # RFC 3986 section 3.2.2
         return f"https://{host}:{self.port}"
 

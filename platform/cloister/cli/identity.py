@@ -203,7 +203,10 @@ def revoke(context: Context, name: str) -> None:
 @click.argument("name", type=NAME)
 @common
 def forget(context: Context, name: str) -> None:
-    """Forget which log entries are about NAME, who was revoked. The log stays whole and verifiable."""
+    """Forget which log entries are about NAME, who was revoked. The log stays whole and verifiable.
+
+    What they own or have signed keeps their name: datasets, runs, models and approvals, whose ids the log has too.
+    """
     shown = context.client().post(f"/v1/identities/{name}/shredding")
     if context.json:
         output.value(shown)

@@ -154,7 +154,7 @@ class AuthorityClient:
         before = self._certificate
         self._certificate = self._node.load_into(self._tls, self._certify)
         if before not in (0, self._certificate):
-            self._http.close()  # those connections were made with the old one
+            # Connections of before were made with the old one; another thread may be in the middle of a call on them.
             self._http = self._connections()
 
     def _certify(self, request: bytes) -> bytes:
