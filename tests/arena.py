@@ -36,7 +36,7 @@ from cloister.errors import CloisterError
 from cloister.policy.decide import ROLES as POLICY_ROLES
 from cloister.privacy.spec import TrainingSpec
 from cloister.signing import certificates
-from cloister.signing.tokens import AUTHORITY_AUDIENCE, JWT_BEARER
+from cloister.signing.tokens import AUTHORITY_AUDIENCE, JWT_BEARER, key_proof_audience
 
 PRIVACY = {"epsilon": 0.5, "delta": 1e-5}
 RUN, ENDPOINT = "the run", "the endpoint"
@@ -221,7 +221,9 @@ class Arena:
         return {"roles": ["consumer", "engineer"]}
 
     def _key(self, path: Any) -> Any:
-        return {"public_key": self.world.people[path["name"]].public}
+        person = self.world.people[path["name"]]
+        audience = key_proof_audience(URL, person.public.encode())
+        return {"public_key": person.public, "proof": self.world.assertion(person.name, audience=audience)}
 
     def _rotation(self, _path: Any) -> Any:
         return {"compromised": bool(self.count % 2)}

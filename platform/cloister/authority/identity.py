@@ -16,7 +16,7 @@ from sqlalchemy.exc import IntegrityError as DuplicateError
 from cloister.authority import resources
 from cloister.authority.core import ITSELF, PLATFORM, Caller, Core, Resource
 from cloister.authority.pseudonyms import shred
-from cloister.errors import AuthenticationError, ConflictError, InputError, NotFoundError
+from cloister.errors import AuthenticationError, ConflictError, InputError, IntegrityError, NotFoundError
 from cloister.policy.decide import ROLES
 from cloister.signing.keys import ed25519_public_from_pem, public_to_pem
 from cloister.signing.tokens import MAX_LIFETIME_S, key_proof_audience, verify_assertion
@@ -125,7 +125,7 @@ class Identities:
         a token alone lives minutes, and must not become a key that lives for ever.
 
         Raises:
-            AuthenticationError: no good proof.
+            IntegrityError: no good proof.
             ConflictError: the key is registered already.
         """
         with self._core.action(caller, "identity:key") as act:
@@ -134,9 +134,12 @@ class Identities:
             pem = _key_text(public_key)
             if row.public_key is not None:
                 audience = key_proof_audience(self._issuer, pem.encode())
-                verify_assertion(
-                    proof, row.public_key.encode(), subject=name, audience=audience, now=self._core.clock()
-                )
+                try:
+                    verify_assertion(
+                        proof, row.public_key.encode(), subject=name, audience=audience, now=self._core.clock()
+                    )
+                except AuthenticationError:
+                    raise IntegrityError("the old key has not agreed to the new one", "cloister identity key") from None
             try:
                 with act.connection.begin_nested():
                     act.connection.execute(update(identities).where(identities.c.name == name).values(public_key=pem))
