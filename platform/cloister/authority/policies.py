@@ -12,7 +12,7 @@ from sqlalchemy import insert
 
 from cloister.authority import resources
 from cloister.authority.approvals import Approvals
-from cloister.authority.core import PLATFORM, Action, Caller, Core
+from cloister.authority.core import LASTING, PLATFORM, Action, Caller, Core
 from cloister.authority.identity import load
 from cloister.authority.sessions import roles_now
 from cloister.canonical import sha256_hex
@@ -102,4 +102,6 @@ class Policies:
             if not policy.decide(act.request(caller, read, known)).allowed:
                 # Whoever may not see the thing learns which rule it is, and not what the thing is like.
                 answer |= {"problem": None, "findings": [{**each, "reasons": []} for each in answer["findings"]]}
+        if asked.lent and action in LASTING:
+            answer["problem"] = "a lent role is no good for this, since what it would do outlives the loan"
         return {"principal": asked.name, "roles": sorted(asked.roles)} | answer
