@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, seed, settings
 from hypothesis.errors import FlakyStrategyDefinition
 from schemathesis import Case
 from schemathesis.core.transport import Response
@@ -31,6 +31,7 @@ CONFIG = {
 }
 SCHEMA = schemathesis.openapi.from_dict(DOCUMENT, config=schemathesis.Config.from_dict(CONFIG))
 OPERATIONS = {each.ok().label: each.ok() for each in SCHEMA.get_all_operations()}
+MOST_JOURNEYS = 12
 REPEATABLE = settings(derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -160,11 +161,13 @@ def test_no_sequence_of_requests_is_answered_badly(arena: Arena, source: str) ->
 
     targets = len(linked_to(source))
     # The world keeps what a sequence did, so a request may be taken once and refused the next time (an identity is
-    # revoked once). Hypothesis calls that flaky, and ends; every answer until then was a good one.
-    with contextlib.suppress(FlakyStrategyDefinition):
-        Journey.run(settings=settings(REPEATABLE, max_examples=1 + targets, stateful_step_count=12))
-    assert len(+followed) >= targets / 3
-    assert followed.total() >= 2 * targets
+    # revoked once). Hypothesis calls that flaky, and ends, sometimes at once; every answer until then was a good one.
+    for number in range(MOST_JOURNEYS):
+        with contextlib.suppress(FlakyStrategyDefinition):
+            seed(number)(Journey).run(settings=settings(REPEATABLE, max_examples=1 + targets, stateful_step_count=12))
+        if len(+followed) >= targets / 3 and followed.total() >= 2 * targets:
+            return
+    pytest.fail(f"only {+followed} were followed")
 
 
 @pytest.mark.slow
