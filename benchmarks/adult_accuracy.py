@@ -9,17 +9,13 @@ holdout. Accuracies are exact, since Adult is public: a real run releases `priva
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
-import os
-import platform
 import statistics
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from _report import Row, options, report, row
 from torch import nn
 
 from cloister.privacy.keystream import fresh_secret
@@ -42,7 +38,7 @@ def train_privately(model: nn.Module, x: torch.Tensor, y: torch.Tensor, spec: Tr
     )  # fmt: skip
 
 
-def measure(seeds: int) -> list[dict[str, object]]:
+def measure(seeds: int) -> list[Row]:
     spec = TrainingSpec.from_yaml_text((ADULT / "train.yaml").read_text())
     x, y = load_public(ADULT, spec)
     held = round(len(x) * HOLDOUT)
@@ -67,9 +63,6 @@ def measure(seeds: int) -> list[dict[str, object]]:
         plain.append(evaluate(baseline, x[test], y[test]) / held)
     gap = 100 * (statistics.mean(plain) - statistics.mean(private))
 
-    def row(name: str, value: float, unit: str, goal: str = "", holds: bool | None = None) -> dict[str, object]:
-        return {"name": name, "value": round(value, 4), "unit": unit, "goal": goal, "holds": holds}
-
     step = statistics.median(step_ms)
     return [
         row("certified epsilon", plan.epsilon_certified, "at delta 1e-5", "<= 3", plan.epsilon_certified <= 3.0),
@@ -84,30 +77,12 @@ def measure(seeds: int) -> list[dict[str, object]]:
     ]
 
 
-def hardware() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{os.cpu_count()} × {models[0] if models else platform.processor() or platform.machine()}, no GPU used"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="three splits, within 60 s")
-    parser.add_argument("--json", action="store_true", help="one JSON object and nothing else")
-    parser.add_argument("--device", choices=["cpu"], default="cpu", help="only cpu: the model is too small for a GPU")
+    parser = options(__doc__, "three splits, within 60 s")
     parser.add_argument("--seeds", type=int, default=10, help="number of random splits")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    results = measure(3 if arguments.quick else arguments.seeds)
-    today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
-    if arguments.json:
-        print(json.dumps({"question": "adult_accuracy", "date": today, "hardware": hardware(), "results": results}))
-        return
-    print(f"# adult_accuracy, {today}\n\nHardware: {hardware()}\n")
-    print("| | value | unit | goal | holds |\n|---|---|---|---|---|")
-    for result in results:
-        holds = {True: "yes", False: "NO", None: ""}[result["holds"]]  # type: ignore[index]
-        print(f"| {result['name']} | {result['value']} | {result['unit']} | {result['goal']} | {holds} |")
+    report("adult_accuracy", arguments, lambda: measure(3 if arguments.quick else arguments.seeds))
 
 
 if __name__ == "__main__":

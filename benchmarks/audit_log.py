@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
-import platform
 import random
 import resource
 import statistics
@@ -22,6 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from _report import Row, options, report, row
 from nacl.signing import SigningKey
 from sqlalchemy import select
 
@@ -111,7 +110,7 @@ def verify_here(file: Path) -> dict[str, float]:
     return {"seconds": seconds, "entries": report.size, "grown_mb": grown / 1024}
 
 
-def measure(directory: Path, entries: int, *, quick: bool) -> list[dict[str, object]]:
+def measure(directory: Path, entries: int, *, quick: bool) -> list[Row]:
     count = GROUP * (50 if quick else 200)
     rates = {group: [] for group in (GROUP, 1)}
     for _ in range(ROUNDS):
@@ -136,37 +135,24 @@ def measure(directory: Path, entries: int, *, quick: bool) -> list[dict[str, obj
     p99 = sorted(inclusion)[len(inclusion) * 99 // 100]
     database.close()
     return [
-        row(f"appended in groups of {GROUP}", round(grouped), "entries/s", f">= {GOAL_APPEND}", grouped >= GOAL_APPEND),
-        row("appended one by one", round(single), "entries/s"),
-        row("appended in groups of 1,000, while the log grew", round(entries / built_s), "entries/s"),
-        row("a million entries verified offline", round(verify_all_s, 1), "s", f"<= {GOAL_VERIFY_S:.0f}",
+        row(f"appended in groups of {GROUP}", grouped, "entries/s", f">= {GOAL_APPEND}", grouped >= GOAL_APPEND),
+        row("appended one by one", single, "entries/s"),
+        row("appended in groups of 1,000, while the log grew", entries / built_s, "entries/s"),
+        row("a million entries verified offline", verify_all_s, "s", f"<= {GOAL_VERIFY_S:.0f}",
             verify_all_s <= GOAL_VERIFY_S),
-        row("memory that verifying took", round(max(one["grown_mb"] for one in verified), 1), "MB"),
-        row("inclusion proof, median", round(proof_ms, 2), "ms", f"<= {GOAL_PROOF_MS:.0f}", proof_ms <= GOAL_PROOF_MS),
-        row("inclusion proof, 99th percentile", round(p99, 2), "ms"),
-        row("inclusion proof, processor time, median", round(statistics.median(busy), 2), "ms"),
-        row("consistency proof, median", round(statistics.median(consistency), 2), "ms"),
-        row("exported", round(entries / exported_s), "entries/s"),
-        row("size of the export", round(file.stat().st_size / entries), "B/entry"),
-        row("size of the database", round((directory / "state.db").stat().st_size / entries), "B/entry"),
+        row("memory that verifying took", max(one["grown_mb"] for one in verified), "MB"),
+        row("inclusion proof, median", proof_ms, "ms", f"<= {GOAL_PROOF_MS:.0f}", proof_ms <= GOAL_PROOF_MS),
+        row("inclusion proof, 99th percentile", p99, "ms"),
+        row("inclusion proof, processor time, median", statistics.median(busy), "ms"),
+        row("consistency proof, median", statistics.median(consistency), "ms"),
+        row("exported", entries / exported_s, "entries/s"),
+        row("size of the export", file.stat().st_size / entries, "B/entry"),
+        row("size of the database", (directory / "state.db").stat().st_size / entries, "B/entry"),
     ]  # fmt: skip
 
 
-def row(name: str, value: float, unit: str, goal: str = "", holds: bool | None = None) -> dict[str, object]:
-    return {"name": name, "value": value, "unit": unit, "goal": goal, "holds": holds}
-
-
-def hardware() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{os.cpu_count()} × {models[0] if models else platform.processor() or platform.machine()}, no GPU used"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="50,000 entries, within 60 s")
-    parser.add_argument("--json", action="store_true", help="one JSON object and nothing else")
-    parser.add_argument("--device", choices=["cpu"], default="cpu", help="only cpu: nothing here runs on a GPU")
+    parser = options(__doc__, "50,000 entries, within 60 s")
     parser.add_argument("--directory", type=Path, help="on which disk to measure; must exist")
     parser.add_argument("--verify", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -175,16 +161,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
         entries = QUICK_ENTRIES if arguments.quick else ENTRIES
-        results = measure(Path(directory), entries, quick=arguments.quick)
-    today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
-    if arguments.json:
-        print(json.dumps({"question": "audit_log", "date": today, "hardware": hardware(), "results": results}))
-        return
-    print(f"# audit_log, {today}\n\nHardware: {hardware()}\n")
-    print("| | value | unit | goal | holds |\n|---|---|---|---|---|")
-    for result in results:
-        holds = {True: "yes", False: "NO", None: ""}[result["holds"]]  # type: ignore[index]
-        print(f"| {result['name']} | {result['value']:,} | {result['unit']} | {result['goal']} | {holds} |")
+        report("audit_log", arguments, lambda: measure(Path(directory), entries, quick=arguments.quick))
 
 
 if __name__ == "__main__":

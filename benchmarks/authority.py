@@ -8,12 +8,7 @@ oracle is the shipped rules a second time in plain Python (tests/policy_oracle.p
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import datetime
-import json
-import os
-import platform
 import socket
 import statistics
 import sys
@@ -24,6 +19,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from _report import Row, options, report, row
 
 from cloister.authority.listener import Listener
 from cloister.authority.nodes import Peer
@@ -44,7 +41,6 @@ GOAL_LEASES = 200
 WORKERS = 32  # of one run: so many leases in a round
 REQUESTS, REQUESTS_QUICK = 1_000_000, 20_000
 SEED = 20261122
-Row = dict[str, object]
 
 DATASET = {"owner": "olga", "region": "eu", "purpose": "research", "class": "internal", "epsilon_left_millionths": 1}
 RUN = {"author": "me", "owner": "olga", "region": "eu", "purpose": "research", "class": "internal"}
@@ -188,32 +184,9 @@ def new_directory(path: Path) -> Path:
 PARTS: tuple[Callable[[bool], list[Row]], ...] = (measure_decision, measure_leases, measure_oracle)
 
 
-def row(name: str, value: float, unit: str, goal: str = "", holds: bool | None = None) -> Row:
-    return {"name": name, "value": round(value, 1), "unit": unit, "goal": goal, "holds": holds}
-
-
-def hardware() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{os.cpu_count()} × {models[0] if models else platform.processor() or platform.machine()}, no GPU used"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="20,000 requests, within 60 s")
-    parser.add_argument("--json", action="store_true", help="one JSON object and nothing else")
-    parser.add_argument("--device", choices=["cpu"], default="cpu", help="only cpu: nothing here would use a GPU")
-    arguments = parser.parse_args()
-    results = [result for part in PARTS for result in part(arguments.quick)]
-    today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
-    if arguments.json:
-        print(json.dumps({"question": "authority", "date": today, "hardware": hardware(), "results": results}))
-        return
-    print(f"# authority, {today}\n\nHardware: {hardware()}\n")
-    print("| | value | unit | goal | holds |\n|---|---|---|---|---|")
-    for result in results:
-        holds = {True: "yes", False: "NO", None: ""}[result["holds"]]  # type: ignore[index]
-        print(f"| {result['name']} | {result['value']} | {result['unit']} | {result['goal']} | {holds} |")
+    arguments = options(__doc__, "20,000 requests, within 60 s").parse_args()
+    report("authority", arguments, lambda: [result for part in PARTS for result in part(arguments.quick)])
 
 
 if __name__ == "__main__":

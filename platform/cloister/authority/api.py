@@ -30,9 +30,8 @@ from cloister.authority.bodies import (
     Refusal,
     Roles,
     SealedDataset,
-    Sequence,
-    SigningRequest,
     Size,
+    SigningRequest,
     Spec,
     TrainedModel,
     Version,
@@ -252,7 +251,7 @@ def create_app(authority: Authority) -> FastAPI:
         return endpoints.quota_block(c, endpoint, body.subject, body.wanted)
 
     @route("GET", "/endpoints/{endpoint}/changes")
-    def changes(c: Who, endpoint: Name, after: Sequence = 0, policy: Sequence = 0) -> Any:
+    def changes(c: Who, endpoint: Name, after: Size = 0, policy: Size = 0) -> Any:
         return endpoints.changes(c, endpoint, after, policy)
 
     @route("GET", "/log")

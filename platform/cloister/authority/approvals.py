@@ -111,18 +111,23 @@ class Approvals:
         """
         row = self.request(act, kind, subject, details, author=author, owner=owner, digest=digest)
         good, refused = self.votes(act.connection, row)
-        act.details.update(approval=row.id, approvals=len(good), required=row.required)
+        act.details.update(approval=row.id, approvals=len(good))
         if refused:
             raise ConflictError(f"{subject} was refused by {', '.join(refused)}", "change it and ask again")
-        required = max(row.required, self.required.count(kind))
-        if len(good) < required:
+        needed = self._needed(row)
+        act.details["required"] = needed
+        if len(good) < needed:
             raise ApprovalMissingError(
-                f"{subject} has {len(good)} of {required} approvals that it needs ({kind})",
+                f"{subject} has {len(good)} of {needed} approvals that it needs ({kind})",
                 f"somebody who may, and is not its author, runs: cloister approve {row.id}   then {next_step}",
             )
         if kind != "promotion":
             act.connection.execute(update(approvals).where(approvals.c.id == row.id).values(state="used"))
         return row.id, good
+
+    def _needed(self, row: Any) -> int:
+        """How many: as many as when it was asked for, and no fewer than now."""
+        return max(int(row.required), self.required.count(row.kind))
 
     def votes(self, connection: Connection, row: Any) -> tuple[list[Any], list[str]]:
         """The votes for a request that count now, and who refused it.
@@ -146,8 +151,7 @@ class Approvals:
         who = load_identity(connection, person)
         if who.disabled:
             raise PermissionDeniedError(f"{person} was revoked", "ask somebody else")
-        if who.registered_by == row.author:  # or one person could vote by a second name
-            raise PermissionDeniedError(f"{person} was registered by the author of this", "ask somebody else")
+        _require_independent(who, row)
         voter = Caller(name=person, roles=frozenset(who.roles), kind=who.kind)
         asked = Action(self._core, voter, "approval:vote", {})
         asked.connection = connection
@@ -181,7 +185,7 @@ class Approvals:
         with self._core.action(caller, "approval:vote", approval=approval[:40]) as act:
             row = _load(act.connection, approval)
             act.allow(resources.approval(row))
-            self._may_still(act.connection, row, caller.name)
+            _require_independent(load_identity(act.connection, caller.name), row)
             if row.state != "open" or row.expires <= self._core.clock():
                 raise NotFoundError("there is no such open approval", "list them: cloister approvals list")
             decision = self._check(act.connection, row, caller.name, envelope)
@@ -200,7 +204,7 @@ class Approvals:
                 act.connection.execute(update(approvals).where(approvals.c.id == approval).values(state="refused"))
                 if row.kind in self.on_refused:
                     self.on_refused[row.kind](act, row)
-            elif row.kind in self.on_granted and len(self.votes(act.connection, row)[0]) >= row.required:
+            elif row.kind in self.on_granted and len(self.votes(act.connection, row)[0]) >= self._needed(row):
                 self.on_granted[row.kind](act, row)
                 act.connection.execute(update(approvals).where(approvals.c.id == approval).values(state="used"))
             return self._public(act.connection, _load(act.connection, approval))
@@ -226,12 +230,22 @@ class Approvals:
             "digest": row.digest,
             "details": row.details,
             "requested_by": row.author,
-            "required": row.required,
+            "required": self._needed(row),
             "approved": len(good),
             "state": row.state,
             "expires": row.expires,
             "votes": [{"person": vote.person, "decision": vote.decision} for vote in cast],
         }
+
+
+def _require_independent(voter: Any, row: Any) -> None:
+    """Refuse whom the author registered: or one person could vote by a second name.
+
+    Raises:
+        PermissionDeniedError: so it is.
+    """
+    if voter.registered_by == row.author:
+        raise PermissionDeniedError(f"{voter.name} was registered by the author of this", "ask somebody else")
 
 
 def _load(connection: Connection, approval: str) -> Any:

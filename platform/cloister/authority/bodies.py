@@ -11,6 +11,7 @@ from fastapi import Query
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
 from cloister.authority.nodes import MAX_ASSURANCE
+from cloister.policy.decide import MAX_SITE_CHARACTERS
 from cloister.privacy.spec import TrainingSpec
 
 MAX_FIELDS = 32
@@ -29,7 +30,6 @@ Base64 = Annotated[str, Field(max_length=8 * 1024 * 1024)]
 OneTimeKey = Annotated[str, Field(max_length=64)]  # base64 of an X25519 key
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 CodeDigest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
-Sequence = Annotated[int, Field(ge=0, le=2**53)]
 Word = Annotated[str, Query(max_length=300)]
 Size = Annotated[int, Field(ge=0, le=2**53)]
 Budgeted = Annotated[float, Field(ge=-1e9, le=1e9, allow_inf_nan=False)]  # what a budget may be is told by `data.py`
@@ -98,11 +98,11 @@ class KeyRotation(Body):
 class ElevatedAccess(Body):
     role: Name
     seconds: int = Field(ge=1, le=1_000_000)
-    reason: Annotated[str, Field(min_length=1, max_length=300)]
+    reason: Text
 
 
 class Policies(Body):
-    text: Annotated[str, Field(max_length=64 * 1024)]
+    text: Annotated[str, Field(max_length=MAX_SITE_CHARACTERS)]
     reason: Annotated[str, Field(max_length=300)] = ""
 
 

@@ -18,9 +18,9 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from cloister.authority.nodes import Peer
-from cloister.authority.policies import MAX_TEXT_CHARS
 from cloister.authority.service import Authority
 from cloister.errors import CloisterError, InputError, QuotaExceededError
+from cloister.policy.decide import MAX_SITE_CHARACTERS
 from cloister.process import describe
 
 MAX_BODY_BYTES = 16 * 1024 * 1024
@@ -109,7 +109,7 @@ def _too_large(request: Request) -> bool:
 def _bounded(receive: Callable[[], Awaitable[Any]], request: Request) -> Callable[[], Awaitable[Any]]:
     """A body as it comes, until it is longer than it said, or has so many commas that it has too many values."""
     length = _length(request)
-    commas = MAX_COMMAS + (MAX_TEXT_CHARS if request.url.path == "/v1/policy" else 0)
+    commas = MAX_COMMAS + (MAX_SITE_CHARACTERS if request.url.path == "/v1/policy" else 0)
 
     async def bounded() -> Any:
         nonlocal length, commas

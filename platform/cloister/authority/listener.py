@@ -66,6 +66,8 @@ class Listener(uvicorn.Server):
         self._settings = settings
         self._on_ready = on_ready
         self._stopping = threading.Event()
+        if not settings.tls_certificate:
+            authority.tls_files(settings.host)
         certificate, key = self._files()
         config = uvicorn.Config(
             create_app(authority),
@@ -138,8 +140,6 @@ class Listener(uvicorn.Server):
     def _files(self) -> tuple[Path, Path]:
         if self._settings.tls_certificate and self._settings.tls_key:
             return self._settings.tls_certificate, self._settings.tls_key
-        if not hasattr(self, "_loaded"):
-            return self._authority.tls_files(self._settings.host)
         return self._authority.directory / "tls.pem", self._authority.directory / "tls.key"
 
     def _stamp(self) -> tuple[int, ...]:

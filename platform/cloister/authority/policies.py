@@ -25,8 +25,6 @@ READ = {
     "Platform": "policy:read", "Dataset": "dataset:read", "Run": "run:read", "Model": "model:read",
     "Endpoint": "endpoint:list", "Approval": "approval:list",
 }  # fmt: skip
-MAX_TEXT_CHARS = 64 * 1024
-MAX_REASON_CHARS = 300
 
 
 class Policies:
@@ -53,14 +51,11 @@ class Policies:
         """
         with self._core.reading(caller, "policy:propose") as asked:
             asked.allow(PLATFORM)
-        if text.strip():
-            coming = Policy.shipped().with_site(text)
-            if not coming.decide(asked.request(caller, "policy:propose", PLATFORM)).allowed:
-                raise InputError("under these policies you could not propose others", "leave a way back")
+        coming = Policy.shipped().with_site(text)
+        if not coming.decide(asked.request(caller, "policy:propose", PLATFORM)).allowed:
+            raise InputError("under these policies you could not propose others", "leave a way back")
         with self._core.action(caller, "policy:propose", digest=sha256_hex(text.encode("utf-8", "replace"))) as act:
             act.allow(PLATFORM)
-            if len(text) > MAX_TEXT_CHARS or len(reason) > MAX_REASON_CHARS:
-                raise InputError(f"a site's policies have at most {MAX_TEXT_CHARS} characters", "write fewer rules")
             version = self._core.rules.version(act.connection) + 1
             digest = sha256_hex(text.encode())
             details = {"version": version, "text_digest": digest, "text": text, "reason": reason}

@@ -41,7 +41,7 @@ class Rules:
         known, policy = self._parsed
         if version != known:
             text = self.text(connection, version)
-            policy = Policy.shipped().with_site(text) if text.strip() else Policy.shipped()
+            policy = Policy.shipped().with_site(text)
             with self._lock:
                 self._parsed = (version, policy)
         return policy

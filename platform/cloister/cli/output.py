@@ -17,8 +17,8 @@ def error(refused: CloisterError, *, as_json: bool) -> None:
         print(json.dumps(refused.to_dict()))
         return
     red, dim, plain = ("\033[31m", "\033[2m", "\033[0m") if _colour(sys.stderr) else ("", "", "")
-    print(f"{red}error:{plain} {_printable(refused.message)}", file=sys.stderr)
-    print(f"{dim}hint:{plain}  {_printable(refused.hint) or 'see cloister --help'}", file=sys.stderr)
+    print(f"{red}error:{plain} {printable(refused.message)}", file=sys.stderr)
+    print(f"{dim}hint:{plain}  {printable(refused.hint) or 'see cloister --help'}", file=sys.stderr)
 
 
 def value(shown: Any) -> None:
@@ -84,13 +84,13 @@ def _text(cell: Any) -> str:
     if isinstance(cell, float):
         return f"{cell:.6g}"
     if isinstance(cell, list | tuple):
-        return _printable(", ".join(map(str, cell)))
-    return _printable(str(cell))
+        return printable(", ".join(map(str, cell)))
+    return printable(str(cell))
 
 
-def _printable(text: str) -> str:
-    """What others wrote, without the control characters that would steer this terminal."""
-    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
+def printable(text: str, *, lines: bool = False) -> str:
+    """What others wrote, without the control characters that would steer this terminal; with its `lines`, or as one."""
+    return "".join(letter if letter.isprintable() or (lines and letter == "\n") else "\ufffd" for letter in text)
 
 
 def _colour(stream: Any) -> bool:

@@ -135,11 +135,11 @@ def explain(
     who = f"{shown['principal']} ({', '.join(shown['roles']) or 'no role'})"
     output.say(f"{who} {may} {action} on {named}: {shown['reason']}.")
     if shown["problem"]:
-        output.say(f"  {_clean(shown['problem'])}")
+        output.say(f"  {output.printable(shown['problem'])}")
     for finding in shown["findings"]:
         output.say(f"  {'forbidden by' if finding['effect'] == 'forbid' else 'not permitted by'} {finding['rule']}")
         for reason in finding["reasons"]:
-            output.say(f"    {_clean(reason)}")
+            output.say(f"    {output.printable(reason)}")
 
 
 @policy.command()
@@ -153,7 +153,7 @@ def show(context: Context) -> None:
         output.value(shown)
         return
     output.facts({"version": shown["version"], "digest": shown["digest"], "shipped": shown["shipped"]})
-    output.say("\n" + (_clean(shown["text"]).strip() or "The site has no policies of its own."))
+    output.say("\n" + (output.printable(shown["text"], lines=True).strip() or "The site has no policies of its own."))
 
 
 @policy.command()
@@ -202,11 +202,6 @@ def _pairs(texts: Sequence[str]) -> dict[str, Any]:
             read = value
         pairs[name] = read if isinstance(read, str | int) else value
     return pairs
-
-
-def _clean(text: str) -> str:
-    """What others wrote, without the control characters that would steer this terminal."""
-    return "".join(letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in text)
 
 
 def _own_name(context: Context) -> str:

@@ -142,7 +142,7 @@ class AuthorityClient:
             self._present_node()
             with self._credential.turn():
                 form = dict(self._credential.form()) | {"resource": audience}
-                answer = self._answer(self._send("POST", "/v1/token", data=form))
+                answer = self.post_form("/v1/token", form)
                 self._credential.answered(answer)
             self._tokens[audience] = (answer["access_token"], time.monotonic() + answer["expires_in"] - TOKEN_MARGIN_S)
             return str(answer["access_token"])
@@ -212,6 +212,10 @@ class AuthorityClient:
     def public(self, path: str) -> Any:
         """GET of a public route, without a token."""
         return self._answer(self._send("GET", path))
+
+    def post_form(self, path: str, form: Mapping[str, str]) -> dict[str, Any]:
+        """POST of a form to one of OAuth's routes, where the form itself is the proof. Raises as `get`."""
+        return dict(self._answer(self._send("POST", path, data=dict(form))))
 
     # ---- a run's work ----
 

@@ -33,9 +33,9 @@ from cloister.client.issuer import IssuerClient, Metadata, check_url
 from cloister.client.loopback import Loopback
 from cloister.errors import AuthenticationError, InputError, IntegrityError, UnavailableError
 from cloister.signing import foreign
+from cloister.signing.tokens import CLIENT_ASSERTION
 
 DEVICE_CODE = "urn:ietf:params:oauth:grant-type:device_code"  # RFC 8628 section 3.4
-CLIENT_ASSERTION = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"  # RFC 7523 section 2.2
 DEFAULT_INTERVAL_S = 5  # RFC 8628 section 3.2
 SLOW_DOWN_S = 5  # RFC 8628 section 3.5
 MAX_INTERVAL_S = 60

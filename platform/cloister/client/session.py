@@ -6,19 +6,16 @@ Guarantees: a refresh token is used once, by one process at a time; the new one 
 from __future__ import annotations
 
 import contextlib
-import ssl
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
-
-from cloister.errors import AuthenticationError, UnavailableError, from_dict
+from cloister.client.authority import AuthorityClient
+from cloister.errors import AuthenticationError
 from cloister.signing import tokens
 from cloister.stores.files import locked, private_directory, read_json, write_json
 
-TIMEOUT_S = 30.0
 _HINT = "log in again: cloister login --issuer URL"
 
 
@@ -72,13 +69,5 @@ class Session:
 
 
 def _post(url: str, ca: Path, path: str, form: Mapping[str, str]) -> dict[str, Any]:
-    context = ssl.create_default_context(cafile=ca)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    try:
-        response = httpx.post(url + path, data=dict(form), verify=context, timeout=TIMEOUT_S, trust_env=False)
-        answer = response.json()
-    except (httpx.HTTPError, ValueError) as error:
-        raise UnavailableError(f"the authority at {url} does not answer", "start it: cloister up") from error
-    if response.status_code != 200:
-        raise from_dict(answer if isinstance(answer, dict) else {}, response.status_code)
-    return dict(answer)
+    with contextlib.closing(AuthorityClient(url, ca_path=ca, name="")) as client:
+        return client.post_form(path, form)

@@ -37,7 +37,7 @@ def connect(endpoint: Endpoint) -> Backing:
 
 def cedar_authorizer(model: VerifiedModel, reference: str, site: str) -> Authorizer:
     """The shipped Cedar policies and the site's own, asked about `model` with the facts that its release proved."""
-    policy = Policy.shipped().with_site(site) if site.strip() else Policy.shipped()
+    policy = Policy.shipped().with_site(site)
 
     def authorize(subject: str, kind: str, roles: frozenset[str], action: str) -> None:
         policy.require(
