@@ -33,7 +33,7 @@ from cloister.policy import Policy, Request
 from cloister.sealing.lease import OneTimeKey
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from authority_world import CODE, World, adult_schema, rows_of_adult
+from authority_world import CODE, World, adult_schema, blocks_of_adult
 from policy_oracle import differences
 
 GOAL_DECISION_US = 150
@@ -101,7 +101,7 @@ def measure_leases(quick: bool) -> list[Row]:
         world = World(new_directory(Path(folder) / "authority"))
         world.register_everybody()
         seal_dataset(
-            world.client("olga"), world.people["olga"].private, rows_of_adult(), adult_schema(), shards=WORKERS,
+            world.client("olga"), world.people["olga"].private, blocks_of_adult(), adult_schema(), shards=WORKERS,
             holdout=0.2, receiving_key=world.authority.receiving_public,
         )  # fmt: skip
         world.set_budget(epsilon=100.0, delta=1e-3)

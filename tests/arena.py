@@ -16,6 +16,7 @@ from schemathesis.core import NOT_SET
 from schemathesis.core.transport import Response
 from schemathesis.python.asgi import ASGIClient
 
+import clinic
 from authority_world import (
     CODE,
     NODE,
@@ -24,9 +25,9 @@ from authority_world import (
     Person,
     World,
     adult_schema,
+    blocks_of_adult,
     lease_body,
     receiver,
-    rows_of_adult,
     training_spec,
 )
 from cloister.authority import gate
@@ -37,17 +38,19 @@ from cloister.policy.decide import ROLES as POLICY_ROLES
 from cloister.privacy.spec import TrainingSpec
 from cloister.signing import certificates
 from cloister.signing.tokens import AUTHORITY_AUDIENCE, JWT_BEARER, key_proof_audience
+from cloister.stores.tables import datasets
 
 PRIVACY = {"epsilon": 0.5, "delta": 1e-5}
 RUN, ENDPOINT = "the run", "the endpoint"
 CALLERS = (None, "operator", "olga", "ed", "rita", "sofia", "ada", RUN, ENDPOINT, NODE)
 BY = {
     "/v1/identities": "operator", "/v1/identities/{name}/shredding": "sofia", "/v1/identities/{name}/key": "dora",
-    "/v1/me": "ada", "/v1/token-keys": "operator", "/v1/nodes": "operator", "/v1/nodes/certificate": NODE,
+    "/v1/me": "ada", "/v1/token-keys": "operator", "/v1/keys": "sofia", "/v1/nodes": "operator",
+    "/v1/nodes/certificate": NODE,
     "/v1/access": "eve", "/v1/policy": "sofia", "/v1/datasets": "olga", "/v1/plans": "ed", "/v1/runs": "ed",
     "/v1/runs/{run}/": RUN, "/v1/runs/{run}/stop": "ed", "/v1/models": "ed", "/v1/approvals": "rita",
     "/v1/endpoints": "operator", "/v1/endpoints/{endpoint}/": ENDPOINT, "/v1/endpoints/{endpoint}/stop": "operator",
-    "/v1/log": "ada",
+    "/v1/log": "ada", "/v1/erasures": "ada",
 }  # fmt: skip
 """Who may do it, by the longest prefix of the path. Nobody needs a token for the rest."""
 
@@ -85,8 +88,9 @@ class Arena:
         world.release()
         self.train()
         world.vote("rita", world.approval(2))
-        self.new_version = self.seal_only()
         world.seal()
+        self.new_version = self.seal_only()
+        self.seal_clinic()
         for officer in ("sofia", "sam"):
             self.agree(officer, "olga", "/v1/datasets/adult/versions/2/key-destruction")
         witness = FileWitness(world.directory / "witness", log_verifier_key=world.authority.log.verifier_key)
@@ -133,14 +137,43 @@ class Arena:
             self._endpoint = self.world.deploy(quota=10_000_000)
         return self._endpoint
 
+    def seal_clinic(self) -> None:
+        """Versions of a second dataset: one that had rows erased, one that is due, one to end files of, a newest."""
+        clinic.seal(self.world)
+        self.erasure = clinic.erase_person(self.world, 7)["erasure"]
+        clinic.seal(self.world)
+        self.due_version = 3
+        clinic.later(self.world, 366 * 6)
+        with self.world.authority.core.database.transaction() as connection:
+            connection.execute(datasets.update().where(datasets.c.version == 2).values(due=4e9, files_due=4e9))
+        clinic.seal(self.world)
+        self._ends: list[str] = []
+
+    @property
+    def ends(self) -> list[str]:
+        """Files of a version that is live and not the newest; of another, once they were ended."""
+        if not self._ends:
+            clinic.seal(self.world)
+            live = [int(name.split("@")[1]) for name, state in clinic.states(self.world).items() if state == "live"]
+            version = sorted(set(live) - {self.due_version})[0]
+            self._ends = [file.ref for file in clinic.manifest(self.world, version).files]
+        return self._ends
+
     def seal_only(self) -> dict[str, Any]:
-        """The body that would register the version after the next."""
+        """The body that would register the next version."""
         world, kept = self.world, {}
         client = world.client("olga")
-        ahead = client.get("/v1/datasets/adult/next") | {"version": 3}
-        client.get, client.post = lambda _path: ahead, lambda _path, body: kept.update(body)  # type: ignore[method-assign]
+        post = client.post
+
+        def kept_back(path: str, body: Any) -> Any:
+            if path != "/v1/datasets":
+                return post(path, body)
+            kept.update(body)
+            return {}
+
+        client.post = kept_back  # type: ignore[method-assign]
         seal_dataset(
-            client, world.people["olga"].private, rows_of_adult(), adult_schema(), shards=1, holdout=0.2,
+            client, world.people["olga"].private, blocks_of_adult(), adult_schema(), shards=1, holdout=0.2,
             receiving_key=world.authority.receiving_public,
         )  # fmt: skip
         return kept
@@ -169,6 +202,7 @@ class Arena:
             "version": lambda: self.version(path),
             "name": lambda: self.name(path, self.known(given["name"])),
             "index": lambda: 0,
+            "erasure": lambda: self.erasure,
         }  # fmt: skip
         return {name: known[name]() for name in given}
 
@@ -178,7 +212,7 @@ class Arena:
 
     def name(self, path: str, given: str) -> str:
         if "/identities/" not in path:
-            return "adult"
+            return "clinic" if path.endswith(("/endings", "/expiry")) else "adult"
         if path.endswith("/key"):
             return "dora"
         if not given.startswith("n-"):
@@ -193,6 +227,8 @@ class Arena:
             return self.candidate
         if path.endswith("/export"):
             return self.serving
+        if path.endswith("/expiry"):
+            return self.due_version
         return 2 if path.endswith("/key-destruction") else 1
 
     def request(self, approval: Any) -> dict[str, Any] | None:
@@ -225,6 +261,9 @@ class Arena:
         audience = key_proof_audience(URL, person.public.encode())
         return {"public_key": person.public, "proof": self.world.assertion(person.name, audience=audience)}
 
+    def _wrapping_key(self, _path: Any) -> Any:
+        return {"name": "dataset/adult"}
+
     def _rotation(self, _path: Any) -> Any:
         return {"compromised": bool(self.count % 2)}
 
@@ -247,6 +286,19 @@ class Arena:
 
     def _dataset(self, _path: Any) -> Any:
         return self.new_version
+
+    def _sealing(self, _path: Any) -> Any:
+        return receiver() | {"kind": "seal", "region": "eu"}
+
+    def _opening(self, _path: Any) -> Any:
+        return receiver() | {"purpose": "erase"}
+
+    def _ending(self, _path: Any) -> Any:
+        ends = self.ends  # it may seal another version first
+        return {"version": 1 + len(clinic.states(self.world)), "ends": ends, "reason": "request"}
+
+    def _expiry(self, _path: Any) -> Any:
+        return {"early": False}
 
     def _budget(self, _path: Any) -> Any:
         return {"epsilon": 100.0, "delta": 9e-3}
@@ -380,6 +432,8 @@ class Arena:
             self._run = "" if path["run"] == self._run else self._run
         elif label == "POST /v1/runs/{run}/leases":
             self._run = ""
+        elif label == "POST /v1/datasets/{name}/endings":
+            self._ends = []
         elif label == "POST /v1/endpoints/{endpoint}/stop":
             self._endpoint = "" if path["endpoint"] == self._endpoint else self._endpoint
         elif label == "POST /v1/runs/{run}/blocks":
@@ -400,7 +454,11 @@ BODIES = {
     "POST /v1/token": "token", "POST /v1/revoke": "revoke", "POST /v1/identities": "identity",
     "PUT /v1/identities/{name}/roles": "roles", "PUT /v1/identities/{name}/key": "key",
     "POST /v1/token-keys": "rotation", "POST /v1/nodes": "node", "POST /v1/nodes/certificate": "csr",
+    "POST /v1/keys/rotation": "wrapping_key",
     "POST /v1/access": "access", "POST /v1/policy": "policy", "POST /v1/policy/explain": "question",
+    "POST /v1/datasets/{name}/sealing": "sealing", "POST /v1/datasets/{name}/openings": "opening",
+    "POST /v1/datasets/{name}/endings": "ending",
+    "POST /v1/datasets/{name}/versions/{version}/expiry": "expiry",
     "POST /v1/datasets": "dataset", "PUT /v1/datasets/{name}/budget": "budget", "POST /v1/plans": "plan",
     "POST /v1/runs": "new_run", "POST /v1/runs/{run}/leases": "lease", "POST /v1/runs/{run}/blocks": "block",
     "POST /v1/runs/{run}/progress": "progress", "POST /v1/runs/{run}/model": "model",

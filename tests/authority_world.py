@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from sqlalchemy import func, select
 from starlette.testclient import TestClient
@@ -33,6 +34,7 @@ from cloister.authority.service import Authority
 from cloister.canonical import b64, sha256_hex
 from cloister.client.authority import AuthorityClient, TrainingLease
 from cloister.client.seal import seal_dataset
+from cloister.datasets.ingest import read_table
 from cloister.datasets.schema import DatasetSchema
 from cloister.models.manifest import ModelManifest
 from cloister.models.release import APPROVAL_PREDICATE
@@ -53,6 +55,7 @@ ADDRESS = "192.0.2.77"  # where all requests come from (RFC 5737: nobody's)
 CODE = "sha256:" + "c0de" * 16
 EPSILON, DELTA = 3.0, 1e-5
 STEPS = 10
+MANY = 100_000  # what may be handed in a minute: tests are faster than people
 ROLES = {
     "operator": ["operator"], "olga": ["data-owner"], "otto": ["data-owner"], "ed": ["engineer"], "eve": ["engineer"],
     "rita": ["reviewer"], "rob": ["reviewer", "engineer"], "carl": ["consumer"], "ada": ["auditor"],
@@ -92,6 +95,11 @@ def rows_of_adult(count: int = ROWS) -> bytes:
         return "".join(next(file) for _ in range(count + 1)).encode()
 
 
+def blocks_of_adult(count: int = ROWS) -> list[pa.Table]:
+    """The same rows as they are sealed."""
+    return [read_table(rows_of_adult(count), adult_schema())]
+
+
 def adult_schema(**changes: Any) -> DatasetSchema:
     return DatasetSchema.from_mapping(
         DatasetSchema.from_yaml_text((ADULT / "schema.yaml").read_text()).to_dict() | changes
@@ -123,7 +131,8 @@ class _Present:
 
 PARTS = (
     "identities", "sessions", "nodes", "approvals", "access", "policies", "datasets", "runs", "models", "endpoints",
-    "log",
+    "log", "custody", "registration", "lifecycle", "shredding",
+    "uploads",
 )  # fmt: skip
 NODE = "node-eu"
 PSEUDONYM = re.compile(rb"\b[ap]-[0-9a-f]{16}\b")
@@ -137,7 +146,9 @@ class World:
         """A new authority, or one over the directory of another or a copy: with the same people, whose tokens hold."""
         self.clock = Clock()
         self.place = place or (like.place if like else Place.new(directory / "state.db", None))
-        self.authority = Authority(directory, url=URL, database=Database(**self.place.options), clock=self.clock)
+        self.authority = Authority(
+            directory, url=URL, database=Database(**self.place.options), clock=self.clock, seals_per_minute=MANY
+        )
         self.http = TestClient(self._app, base_url=URL, raise_server_exceptions=False, client=(ADDRESS, 50_000))
         self.people = dict(like.people) if like else {name: Person(name, roles) for name, roles in ROLES.items()}
         self.tokens: dict[tuple[str, str], tuple[str, float]] = dict(like.tokens) if like else {}
@@ -158,6 +169,7 @@ class World:
     def another(self, **options: Any) -> Authority:
         """A second authority over the same state."""
         database = Database(**self.place.options)
+        options = {"seals_per_minute": MANY} | options
         return Authority(self.directory, url=URL, database=database, clock=self.clock, **options)
 
     def close(self) -> None:
@@ -336,7 +348,7 @@ class World:
 
     def seal(self, owner: str = "olga", **schema: Any) -> dict[str, Any]:
         return seal_dataset(
-            self.client(owner), self.people[owner].private, rows_of_adult(), adult_schema(**schema),
+            self.client(owner), self.people[owner].private, blocks_of_adult(), adult_schema(**schema),
             shards=SHARDS, holdout=0.2, receiving_key=self.authority.receiving_public,
         )  # fmt: skip
 

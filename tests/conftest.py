@@ -9,8 +9,16 @@ import pytest
 from command_line import CommandLine
 from databases import place, postgres_place
 from postgres import postgres_server
+from s3 import s3, s3_server
 
-__all__ = ["line", "place", "postgres_place", "postgres_server"]
+__all__ = ["line", "place", "postgres_place", "postgres_server", "s3", "s3_server"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For several workers: a file's tests share authorities, and clusters are counted by the whole machine."""
+    for item in items:
+        group = "cluster" if item.path.parent.name == "cluster" else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="module")

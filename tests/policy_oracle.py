@@ -18,7 +18,7 @@ SIGNATURES = {
     **dict.fromkeys(
         ("identity:list", "audit:read", "audit:export", "endpoint:list", "approval:list", "policy:read",
          "identity:register", "node:register", "endpoint:deploy", "policy:propose", "access:request",
-         "token-key:rotate"),
+         "token-key:rotate", "key:list", "key:rotate", "backup:create", "backup:restore", "state:check"),
         ({"person", "service"}, "Platform"),
     ),
     "node:certify": ({"node"}, "Platform"),
@@ -27,7 +27,8 @@ SIGNATURES = {
         ({"person", "service"}, "Identity"),
     ),
     **dict.fromkeys(
-        ("dataset:read", "dataset:seal", "budget:set", "key:destroy", "train:plan", "train:submit"),
+        ("dataset:read", "dataset:seal", "dataset:open", "dataset:erase", "dataset:rectify", "dataset:expire",
+         "budget:set", "key:destroy", "train:plan", "train:submit"),
         ({"person", "service"}, "Dataset"),
     ),
     "run:read": ({"person", "service", "run", "endpoint"}, "Run"),
@@ -50,7 +51,7 @@ ATTRIBUTES: dict[str, dict[str, type]] = {
 CONTEXT: dict[str, type] = {"time": int, "node": str, "node_region": str, "node_assurance": int}
 
 READING = {"identity:list", "audit:read", "audit:export", "endpoint:list", "approval:list", "policy:read",
-           "dataset:read", "run:read", "model:read"}  # fmt: skip
+           "key:list", "dataset:read", "run:read", "model:read"}  # fmt: skip
 
 # A site whose own rules permit everything: what is still refused is refused by an invariant.
 HOSTILE_SITE = '@id("anything-goes") permit (principal, action, resource);'
@@ -99,20 +100,23 @@ def permitted(request: Request) -> bool:
     if "operator" in roles and (
         action in READING
         or action in ("identity:register", "node:register", "token-key:rotate", "identity:change", "identity:revoke")
+        or action == "key:rotate"
         or action in ("endpoint:deploy", "endpoint:stop", "run:stop", "access:request")
+        or action in ("backup:create", "backup:restore", "state:check")
     ):
         return True
     if "auditor" in roles and action in READING:
         return True
     if "security-officer" in roles:
-        if action in READING or action in ("identity:revoke", "identity:shred", "policy:propose"):
+        if action in READING or action in ("identity:revoke", "identity:shred", "policy:propose", "key:rotate"):
             return True
         if action == "approval:vote" and about["kind"] in ("policy", "access", "budget", "key-destruction"):
             return True
     if "data-owner" in roles:
         if action in ("dataset:read", "run:read", "approval:list", "policy:read"):
             return True
-        if action in ("dataset:seal", "budget:set", "key:destroy") and about["owner"] == me:
+        own = ("dataset:seal", "dataset:open", "dataset:erase", "dataset:rectify", "dataset:expire", "budget:set")
+        if (action in own or action == "key:destroy") and about["owner"] == me:
             return True
         if action == "approval:vote" and about["kind"] == "training" and about["owner"] == me:
             return True
@@ -158,6 +162,9 @@ def forbidden(request: Request) -> bool:
             return True
     if action == "run:lease" and context.get("node_region") != about["region"]:
         return True
+    opens = ("dataset:seal", "dataset:open", "dataset:erase", "dataset:rectify")
+    if action in opens and about["region"] and context.get("node_region", about["region"]) != about["region"]:
+        return True
     if action == "train:submit":
         if about["class"] not in ("public", "internal", "confidential"):
             return True
@@ -196,7 +203,7 @@ _VALUES = {
     "class": ("public", "internal", "confidential", "restricted", "secret", ""),
     "stage": ("candidate", "production", "retired", ""),
     "kind": ("training", "promotion", "key-destruction", "budget", "policy", "access", "other"),
-    "region": ("eu", "us"), "node_region": ("eu", "us"), "purpose": ("income-research", "ads"),
+    "region": ("eu", "us", ""), "node_region": ("eu", "us"), "purpose": ("income-research", "ads"),
     "node": ("node-1", "node-2"), "model": ("adult@1", "adult@2"),
 }  # fmt: skip
 _NUMBERS = (-1, 0, 1, 3_000_000, 2**63 - 1, -(2**63))

@@ -12,6 +12,7 @@
     ├── IntegrityError         422  bytes, signature, proof or tag do not match: never use the thing
     ├── QuotaExceededError     429  try again after `retry_after_s` seconds
     └── UnavailableError       503  a service or a port that is needed cannot be had
+        └── KeyServiceError         the key service is sealed, slow, gone, or refuses the authority
 
 Guarantees: each error carries a sentence for a person and the next thing to type (`hint`); neither ever
 contains a key, a token or a data value; every error survives pickling, since Ray moves errors between processes.
@@ -90,6 +91,10 @@ class QuotaExceededError(CloisterError):
 
 class UnavailableError(CloisterError):
     status = 503
+
+
+class KeyServiceError(UnavailableError):
+    pass
 
 
 def _tree(root: type[CloisterError]) -> dict[str, type[CloisterError]]:

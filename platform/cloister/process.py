@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 
 from cloister.errors import CloisterError, UnavailableError, from_dict
+from cloister.stores.blobs import aws_places
 from cloister.stores.files import private_directory, write_json
 
 INHERITED = (
@@ -45,7 +46,7 @@ def no_core_dumps() -> None:
 
 def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """The caller's environment, reduced to names that hold no secret."""
-    return {name: os.environ[name] for name in INHERITED if name in os.environ} | dict(extra or {})
+    return {name: os.environ[name] for name in INHERITED if name in os.environ} | aws_places() | dict(extra or {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +55,16 @@ class Daemon:
 
     directory: Path
 
-    def start(self, module: str, arguments: Sequence[str], extra_env: Mapping[str, str] | None = None) -> None:
-        """Run `python -m module arguments…` in a session of its own."""
+    def start(
+        self, module: str, arguments: Sequence[str], extra_env: Mapping[str, str] | None = None, secret: bytes = b""
+    ) -> None:
+        """Run `python -m module arguments…` in a session of its own. It can read `secret` from its standard input."""
         private_directory(self.directory)
         self._status_file.unlink(missing_ok=True)
         with (self.directory / "log").open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", module, *arguments],
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE if secret else subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 env=clean_environment(extra_env),
@@ -69,6 +72,9 @@ class Daemon:
                 umask=0o077,
                 preexec_fn=no_core_dumps,
             )
+        if process.stdin:
+            with contextlib.suppress(BrokenPipeError), process.stdin:
+                process.stdin.write(secret)
         write_json(self._pid_file, {"pid": process.pid, "created": psutil.Process(process.pid).create_time()})
 
     def process(self) -> psutil.Process | None:

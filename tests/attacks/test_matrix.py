@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from sqlalchemy import select
 
+import clinic
 from authority_world import APP, CODE, URL, Person, World, lease_body, receiver, training_spec
 from cloister.authority import gate
 from cloister.authority.identity import add_identity
@@ -55,6 +56,8 @@ MAY: dict[str, list[str]] = {
     "POST /v1/identities/{name}/shredding": ["security-officer"],
     "GET /v1/me": ANY_PERSON,
     "POST /v1/token-keys": ["operator"],
+    "GET /v1/keys": READERS,
+    "POST /v1/keys/rotation": ["operator", "security-officer"],
     "POST /v1/nodes": ["operator"],
     "POST /v1/nodes/certificate": ["node", "node, plain"],
     "POST /v1/access": ["operator", *ENGINEERS],
@@ -64,11 +67,15 @@ MAY: dict[str, list[str]] = {
     "POST /v1/policy/explain [about another]": READERS,
     "GET /v1/datasets": DATA_READERS,
     "POST /v1/datasets": ["owner", "data-owner"],
-    "GET /v1/datasets/{name}/next": ["owner"],
+    "POST /v1/datasets/{name}/sealing": ["owner"],
+    "POST /v1/datasets/{name}/openings": ["owner"],
+    "POST /v1/datasets/{name}/endings": ["owner"],
+    "GET /v1/erasures/{erasure}": DATA_READERS,
     "GET /v1/datasets/{name}/versions/{version}": DATA_READERS,
     "GET /v1/datasets/{name}/budget": DATA_READERS,
     "PUT /v1/datasets/{name}/budget": ["owner"],
     "POST /v1/datasets/{name}/versions/{version}/key-destruction": ["owner"],
+    "POST /v1/datasets/{name}/versions/{version}/expiry": ["owner"],
     "POST /v1/plans": ENGINEERS,
     "POST /v1/runs": ENGINEERS,
     "GET /v1/runs": DATA_READERS,
@@ -175,6 +182,7 @@ class House:
             "/v1/identities/{name}/roles": {"roles": ["no-such-role"]},
             "/v1/identities/{name}/key": {"public_key": "no key"},
             "/v1/token-keys": {"compromised": False},
+            "/v1/keys/rotation": {"name": "dataset/no-such-dataset"},
             "/v1/nodes": {"name": "No-Name", "public_key": new.public, "region": "eu"},
             "/v1/nodes/certificate": {"csr": "no request"},
             "/v1/access": {"role": "no-such-role", "seconds": 600, "reason": "to see"},
@@ -182,6 +190,9 @@ class House:
             "/v1/policy/explain": {"action": "run:read", "resource_type": "Run", "resource": self.names["run"]}
             | ({"principal": "victim"} if "another" in case else {}),
             "/v1/datasets": {"envelope": garbage, "sealed_keys": "AAAA"},
+            "/v1/datasets/{name}/sealing": receiver() | {"kind": "seal", "region": "eu"},
+            "/v1/datasets/{name}/openings": receiver() | {"purpose": "rectify"},
+            "/v1/datasets/{name}/endings": {"version": 2, "ends": ["9/no-such/internal"]},
             "/v1/datasets/{name}/budget": {"epsilon": 0.0, "delta": 1e-6},
             "/v1/plans": {"spec": training_spec()},
             "/v1/runs": {"spec": training_spec(), "code_digest": CODE, "public_key": new.public},
@@ -244,6 +255,8 @@ def build(world: World) -> House:
     world.train(model=b"second")
     house.names["promotion"] = world.approval(2)["approval"]
 
+    clinic.seal(world)
+    house.names["erasure"] = clinic.erase_person(world, 7)["erasure"]
     in_europe = world.peer
     house.callers = {
         "owner": "olga", "author": "ed", "data-owner": "otto", "engineer": "eve", "reviewer": "rita",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 
@@ -10,13 +11,18 @@ import pyarrow.parquet as pq
 import pyarrow.parquet.encryption as pe
 import pytest
 
-from cloister.errors import IntegrityError
-from cloister.sealing import shard, stream
+from cloister.canonical import b64, unb64
+from cloister.client.verify import signed_manifest
+from cloister.datasets.manifest import MANIFEST_PREDICATE, DatasetManifest
+from cloister.errors import InputError, IntegrityError
+from cloister.sealing import envelope, shard, stream
+from cloister.signing import dsse, keys
+from mutations import Report, Target, attack, judge, manifest, mutations
 
 KEY = bytes(range(32))
 OTHER_KEY = bytes(range(1, 33))
 CONTEXT = {"kind": "checkpoint", "run": "r1", "step": "100"}
-AAD = shard.shard_aad("adult", 1, "confidential", "0000")
+AAD = shard.shard_aad("adult", 1, "confidential", "0000", "eu")
 TABLE = pa.table({"age": [39, 50, 38], "income": ["<=50K", ">50K", None], "x": pa.array([b"abcd"] * 3, pa.binary(4))})
 CHUNK = stream.CHUNK_BYTES + stream.TAG_BYTES
 BODY = stream.HEADER_BYTES
@@ -120,34 +126,56 @@ def test_a_stream_under_another_context_or_key_is_refused(context: dict[str, str
     refuse_stream(sealed, key=OTHER_KEY)
 
 
-def test_every_flipped_bit_of_a_shard_is_refused(sealed_shard: bytes) -> None:
-    for changed in flips(sealed_shard, range(len(sealed_shard) * 8)):
-        refuse_shard(changed)
+def flawless(report: Report, at_least: int) -> None:
+    assert not report.faults, "\n".join(report.faults)
+    assert report.tried == report.refused + report.equal >= at_least
 
 
-def test_flipped_bits_of_a_larger_shard_are_refused() -> None:
-    table = pa.table({"x": list(range(50_000)), "c": [f"c{i % 300}" for i in range(50_000)]})
-    sealed = shard.seal_table(table, KEY, AAD)
-    chosen = random.Random(7)  # noqa: S311  which bits to flip is no secret
-    for changed in flips(sealed, iter(chosen.sample(range(len(sealed) * 8), 300))):
-        refuse_shard(changed)
+def test_every_flipped_bit_of_everything_sealed_or_signed_is_refused() -> None:
+    flawless(attack("flips", ["shard", "index", "wrapped key", "named key", "stream", "lease"]), 19_000)
+    report = attack("flips", ["manifest"])
+    flawless(report, 8_000)
+    # Bits of a key's hint and the unused ones at the end of base64: they are no part of what is signed.
+    assert report.equal < 600
 
 
-def test_every_truncation_of_a_shard_is_refused(sealed_shard: bytes) -> None:
-    for size in range(len(sealed_shard)):
-        refuse_shard(sealed_shard[:size])
-        refuse_shard(sealed_shard[size + 1 :])
-    refuse_shard(sealed_shard + b"\x00")
-    refuse_shard(sealed_shard + sealed_shard[4:])
+def test_every_truncation_of_everything_sealed_or_signed_is_refused() -> None:
+    flawless(attack("cuts", ["shard", "index", "wrapped key", "named key", "stream", "lease", "manifest"]), 7_000)
+
+
+def test_pages_and_chunks_moved_repeated_dropped_or_taken_from_elsewhere_are_refused() -> None:
+    flawless(attack("moves", ["shard", "groups", "index", "stream", "long stream", "lease", "named key"]), 800)
+
+
+def test_twenty_thousand_random_mutations_of_shards_are_refused() -> None:
+    flawless(attack("mutations", ["shard", "groups", "index"], 20_000, seed=4), 19_000)
+
+
+def test_random_mutations_of_everything_else_are_refused() -> None:
+    flawless(attack("mutations", ["wrapped key", "named key", "stream", "lease", "manifest"], 4_000, seed=4), 3_900)
+
+
+def test_the_child_that_tries_mutations_reports_what_it_finds() -> None:
+    """An attack that finds nothing proves nothing, unless it would have found something."""
+    missed = Target("deaf", b"abcdef", lambda data: data, ())
+    report = Report()
+    for changed in itertools.islice(mutations(missed, random.Random(1)), 50):  # noqa: S311  no secret
+        judge(missed, changed, report, b"abcdef")
+    assert report.refused == 0
+    assert len(report.faults) == report.tried == 50
+    crashed = attack("flips", ["no such target"])
+    assert "the process ended with 1" in crashed.faults[0]
 
 
 @pytest.mark.parametrize(
     "aad",
     [
-        shard.shard_aad("adult", 2, "confidential", "0000"),
-        shard.shard_aad("adult", 1, "public", "0000"),
-        shard.shard_aad("adult", 1, "confidential", "0001"),
-        shard.shard_aad("census", 1, "confidential", "0000"),
+        shard.shard_aad("adult", 2, "confidential", "0000", "eu"),
+        shard.shard_aad("adult", 1, "public", "0000", "eu"),
+        shard.shard_aad("adult", 1, "index", "0000", "eu"),
+        shard.shard_aad("adult", 1, "confidential", "0001", "eu"),
+        shard.shard_aad("adult", 1, "confidential", "0000", "us"),
+        shard.shard_aad("census", 1, "confidential", "0000", "eu"),
     ],
 )
 def test_a_shard_in_the_place_of_another_is_refused(sealed_shard: bytes, aad: bytes) -> None:
@@ -191,3 +219,75 @@ def test_a_page_of_another_file_is_refused(sealed_shard: bytes) -> None:
 def test_a_stream_is_no_shard_and_a_shard_is_no_stream(sealed_shard: bytes) -> None:
     refuse_shard(stream.seal(KEY, b"x" * 100, CONTEXT))
     refuse_stream(sealed_shard)
+
+
+def test_two_shards_that_change_places_are_refused() -> None:
+    """Not even with their keys, which whoever holds the store does not have."""
+    aads = [shard.shard_aad("adult", 1, "confidential", name, "eu") for name in ("train-000", "train-001")]
+    data_keys = [KEY, OTHER_KEY]
+    sealed = [shard.seal_table(TABLE, key, aad) for key, aad in zip(data_keys, aads, strict=True)]
+    for place, other in ((0, 1), (1, 0)):
+        refuse_shard(sealed[other], key=data_keys[place], aad=aads[place])
+        refuse_shard(sealed[other], key=data_keys[other], aad=aads[place])
+        assert shard.open_table(sealed[place], data_keys[place], aads[place]).to_pydict() == TABLE.to_pydict()
+
+
+def test_a_wrapped_key_in_the_place_of_another_is_refused() -> None:
+    kek = OTHER_KEY
+    wrapped = envelope.wrap_named(kek, KEY, b"adult/1/train-000", name="dataset/adult", version=3)
+    assert envelope.unwrap_named(kek, wrapped, b"adult/1/train-000", name="dataset/adult") == KEY
+    for data, name in ((b"adult/2/train-000", "dataset/adult"), (b"adult/1/train-000", "dataset/bank"),
+                       (b"adult/1/train-000", "models"), (b"", "dataset/adult")):  # fmt: skip
+        with pytest.raises(IntegrityError):
+            envelope.unwrap_named(kek, wrapped, data, name=name)
+    # The version in front says which key to take; it cannot be made to say another.
+    for version in (0, 2, 4, 2**32 - 1):
+        with pytest.raises(IntegrityError):
+            envelope.unwrap_named(
+                kek, version.to_bytes(4, "big") + wrapped[4:], b"adult/1/train-000", name="dataset/adult"
+            )
+
+
+def _edited(change: dict[str, object]) -> DatasetManifest:
+    facts = manifest().model_dump(mode="json")
+    file = change.pop("file", {})
+    return DatasetManifest.parse(facts | change | {"files": [facts["files"][0] | file]})  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"file": {"sha256": "1" * 64}}, {"file": {"rows": 4}}, {"file": {"path": "a/c"}}, {"file": {"role": "holdout"}},
+        {"file": {"part": "public"}}, {"file": {"shard": "train-001"}}, {"name": "bank"}, {"version": 2},
+    ],
+)  # fmt: skip
+def test_an_edited_manifest_is_refused(change: dict[str, object]) -> None:
+    owner, stranger = keys.generate_ed25519(), keys.generate_ed25519()
+    public = keys.public_to_pem(owner.public_key()).decode()
+
+    def statement(made: DatasetManifest) -> bytes:
+        return dsse.statement(
+            made.name, made.digest.removeprefix("sha256:"), MANIFEST_PREDICATE, made.model_dump(mode="json")
+        )
+
+    true, edited = statement(manifest()), statement(_edited(dict(change)))
+    signed = dsse.sign(true, owner)
+    assert signed_manifest(signed, public) == manifest()
+    by_stranger = dsse.sign(edited, stranger)
+    renamed = {
+        **by_stranger,
+        "signatures": [{**by_stranger["signatures"][0], "keyid": signed["signatures"][0]["keyid"]}],
+    }
+    assert unb64(signed["payload"]) == true
+    for forged in ({**signed, "payload": b64(edited)}, by_stranger, renamed, {**signed, "signatures": []},
+                   {**signed, "payloadType": "application/json"}):  # fmt: skip
+        with pytest.raises(IntegrityError):
+            signed_manifest(forged, public)
+
+
+def test_a_manifest_that_contradicts_itself_is_refused_whoever_signed_it() -> None:
+    facts = manifest().model_dump(mode="json")
+    file = facts["files"][0]
+    for files in ([file, file], [file, file | {"shard": "train-001"}], [file | {"sealed_in": 2}], []):
+        with pytest.raises(InputError):
+            DatasetManifest.parse(facts | {"files": files})

@@ -86,3 +86,22 @@ def test_what_nobody_can_lend_or_register(line: CommandLine) -> None:
     line.refused("login", who="ed")
     line.refused("login", "--issuer", "https://nobody.example")
     line.refused("node", "add", "Local", "--region", "eu")
+
+
+def test_keys_are_listed_and_rotated(line: CommandLine) -> None:
+    shown = {each["name"]: each for each in line.json("key", "list")}
+    assert (shown["dataset/adult"]["use"], shown["dataset/adult"]["newest"]) == ("wrap", 1)
+    assert (shown["release"]["use"], shown["release"]["keys"]) == ("sign", None)
+    said = line.run("key", "rotate", "dataset/adult")
+    assert said.returncode == 0
+    assert f"dataset/adult is at version 2: {shown['dataset/adult']['keys']} keys" in said.stdout
+    assert "No data was touched." in said.stdout
+    rotated = line.json("key", "rotate", "--all")
+    assert {each["name"]: each["version"] for each in rotated}["dataset/adult"] == 3
+    assert "1 to 3" in line.run("key", "list").stdout
+    line.refused("key", "rotate")
+    line.refused("key", "rotate", "release")
+    line.refused("key", "rotate", "dataset/adult", "--tokens")
+    line.refused("key", "rotate", "dataset/adult", who="ed")
+    line.refused("key", "list", who="carl")
+    assert line.json("data", "verify", "adult@1", who="olga")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import socket
 import ssl
+import stat
 from pathlib import Path
 
 import httpx
@@ -81,6 +83,39 @@ def test_an_unknown_category_is_placed_but_never_shown(line: CommandLine, tmp_pa
     said = line.refused("data", "seal", file, "--schema", SCHEMA, who="olga")
     assert "'occupation'" in said
     assert "Spy" not in said
+    before.check()
+
+
+def test_a_file_of_another_kind_behind_a_csv_name_is_refused(line: CommandLine, tmp_path: Path) -> None:
+    before = Unchanged(line)
+    (tmp_path / "rows.csv").write_bytes(b"\x7fELF\x02\x01\x01" + bytes(99))
+    assert "a program" in line.refused("data", "seal", tmp_path / "rows.csv", "--schema", SCHEMA, who="olga")
+    os.mkfifo(tmp_path / "pipe.csv")
+    for name in ("pipe.csv", "."):
+        said = line.refused("data", "seal", tmp_path / name, "--schema", SCHEMA, who="olga")
+        assert "no regular file" in said
+        assert "no regular file" in line.refused("data", "inspect", tmp_path / name)
+    before.check()
+
+
+def test_inspection_shows_no_value_and_its_draft_does_not_seal(line: CommandLine, tmp_path: Path) -> None:
+    before = Unchanged(line)
+    file, draft = altered(tmp_path, ("Exec-managerial", "Spy-master")), tmp_path / "draft.yaml"
+    done = line.run("data", "inspect", file, "--output", draft)
+    assert done.returncode == 0
+    assert "native-country" in done.stdout
+    for value in ("Spy-master", "State-gov", "Bachelors", "77516"):
+        assert value not in done.stdout + done.stderr + draft.read_text()
+    assert stat.S_IMODE(draft.stat().st_mode) == 0o600
+    assert "not valid: name" in line.refused("data", "seal", file, "--schema", draft, who="olga")
+    text = draft.read_text()
+    for field, stated in (("name:", "adult"), ("purpose:", "research"), ("region:", "eu"), ("retention:", "P1Y")):
+        text = text.replace(f"{field}  ", f"{field} {stated} ", 1)
+    draft.write_text(text)
+    assert "not valid: columns.0.bounds" in line.refused("data", "seal", file, "--schema", draft, who="olga")
+    assert "is there already" in line.refused("data", "inspect", file, "--output", draft)
+    assert draft.read_text() == text
+    assert line.json("data", "inspect", file)["rows"] == 10_000
     before.check()
 
 

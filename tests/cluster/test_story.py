@@ -21,6 +21,7 @@ import psutil
 import pytest
 
 from cloister.authority import data
+from cloister.authority.key_use import dataset_key, key_context
 from cloister.canonical import b64
 from cloister.client.inference import InferenceClient
 from cloister.datasets.manifest import DatasetManifest
@@ -159,8 +160,9 @@ class Leaks:
         self._needles: dict[str, bytes] = {}
         blobs = FolderBlobs(home / "authority" / "blobs")
         for file in manifest.files:
-            key = service.unwrap(wrapped[file.key_name], data.key_context(manifest, file.key_name))
-            aad = shard_aad(manifest.name, manifest.version, file.sensitivity, file.shard)
+            bound = key_context(manifest.name, file.sealed_in, file.key_name)
+            (key,) = service.unwrap(dataset_key(manifest.name), [(wrapped[file.key_name], bound)])
+            aad = shard_aad(manifest.name, file.sealed_in, file.part, file.shard, manifest.dataset_schema["region"])
             rows = open_table(blobs.get(file.path), key, aad)
             self._needles[f"data key {file.key_name}"] = key
             self._needles[f"data key {file.key_name} in base64"] = b64(key).encode()
@@ -277,7 +279,7 @@ def test_no_row_key_or_token_is_in_any_log_or_record(story: Story) -> None:
     secrets = EmbeddedKeys(story.line.home / "authority" / "keys")
     needles = [
         story.line.signing_key()[0],
-        secrets.secret("release"),
+        secrets.secret("ca"),
         (story.line.home / "identities" / "ed.key").read_bytes(),
     ]
     needles += [b"Adm-clerical,Not-in-family", b"77516"]  # a row of the table

@@ -177,7 +177,7 @@ def test_unknown_key_of_an_issuer_that_went_away(
         (200, {}, b""),
         (200, {}, b"<html>"),
         (200, {}, b"[]"),
-        (200, {"Content-Encoding": "gzip"}, gzip.compress(b"{}")),
+        (200, {"Content-Encoding": "gzip"}, gzip.compress(b"{}", mtime=0)),
         (302, {"Location": "https://evil.test/jwks"}, b""),
         (301, {"Location": "/moved"}, b""),
         (404, {}, b"{}"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,8 +18,9 @@ from cloister.audit.merkle import (
 )
 from cloister.canonical import b64, canonical_json, digest, unb64
 from cloister.errors import IntegrityError
-from cloister.sealing.envelope import new_key, unwrap_key, wrap_key
+from cloister.sealing.envelope import new_key, unwrap_key, unwrap_named, wrap_key, wrap_named
 from cloister.sealing.lease import OneTimeKey, seal_to
+from cloister.sealing.shard import open_table, seal_table, shard_aad
 from cloister.sealing.stream import open_sealed, seal
 
 JSON = st.recursive(
@@ -62,6 +64,45 @@ def test_a_wrapped_key_opens_under_its_own_data_only(data: bytes, other: bytes) 
     if other != data:
         with pytest.raises(IntegrityError):
             unwrap_key(kek, wrapped, other)
+
+
+NAMED = st.tuples(st.text(min_size=1, max_size=9), st.integers(1, 2**32 - 1), st.binary(max_size=20))
+
+
+@given(NAMED, NAMED)
+def test_a_key_under_a_named_key_opens_under_its_own_name_and_version_only(
+    mine: tuple[str, int, bytes], other: tuple[str, int, bytes]
+) -> None:
+    kek, key = new_key(), new_key()
+    wrapped = wrap_named(kek, key, mine[2], name=mine[0], version=mine[1])
+    assert unwrap_named(kek, wrapped, mine[2], name=mine[0]) == key
+    if other != mine:
+        moved = other[1].to_bytes(4, "big") + wrapped[4:]
+        with pytest.raises(IntegrityError):
+            unwrap_named(kek, moved, other[2], name=other[0])
+
+
+PLACE = st.tuples(
+    st.text("ab-@/", min_size=1, max_size=4), st.integers(1, 300), st.sampled_from(["public", "index"]),
+    st.text("tr-0", min_size=1, max_size=4), st.sampled_from(["eu", "us", "e"]),
+)  # fmt: skip
+
+
+@settings(max_examples=50)
+@given(
+    PLACE, PLACE, st.lists(st.integers(-(2**31), 2**31 - 1), max_size=30), st.lists(st.binary(min_size=3, max_size=3))
+)
+def test_a_shard_opens_in_its_own_place_only(
+    mine: tuple[str, int, str, str, str], other: tuple[str, int, str, str, str], numbers: list[int], data: list[bytes]
+) -> None:
+    rows = min(len(numbers), len(data))
+    table = pa.table({"n": pa.array(numbers[:rows], pa.int32()), "b": pa.array(data[:rows], pa.binary(3))})
+    key = new_key()
+    sealed = seal_table(table, key, shard_aad(*mine))
+    assert open_table(sealed, key, shard_aad(*mine)).to_pydict() == table.to_pydict()
+    if other != mine:
+        with pytest.raises(IntegrityError):
+            open_table(sealed, key, shard_aad(*other))
 
 
 @settings(max_examples=30)

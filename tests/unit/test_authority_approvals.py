@@ -10,7 +10,7 @@ from sqlalchemy import insert, select, update
 from authority_world import CODE, Person, World, training_spec
 from cloister.authority.approvals import DEFAULT_LIFETIME_S, LIFETIME_S, Required
 from cloister.canonical import b64, sha256_hex, unb64
-from cloister.errors import IntegrityError
+from cloister.errors import ConflictError, IntegrityError
 from cloister.models.release import approval_digest, approval_predicate
 from cloister.signing import dsse
 from cloister.stores.tables import approvals, identities, votes
@@ -43,7 +43,7 @@ def submitted(world: World, author: str = "ed", **changes: Any) -> int:
 def test_a_request_shows_exactly_what_is_approved(world: World) -> None:
     request = asked(world)
     assert request["details"].keys() == {
-        "dataset", "manifest", "spec", "code", "epsilon", "delta", "purpose", "owner",
+        "dataset", "manifest", "spec", "code", "epsilon", "delta", "rows_per_unit", "purpose", "owner",
     }  # fmt: skip
     shown = request["details"]
     assert (shown["code"], shown["epsilon"], shown["purpose"]) == (CODE, 3.0, "income-research")
@@ -374,12 +374,14 @@ def test_keys_are_destroyed_by_three_and_for_good(world: World) -> None:
     assert world.ask("olga", "POST", path).status_code == 403
     assert world.counts()["data_keys"] > 0
     assert world.vote("second-officer", request).status_code == 200
-    with world.recorded("olga", "key:destroy"):
-        assert world.post("olga", path)["keys_destroyed"] > 0
+    assert world.post("olga", path)["keys_destroyed"] > 0
+    done = [(entry.actor, entry.action) for entry in world.log()[-4:]]
+    assert done == [("olga", "key:destroy"), *(("authority", each) for each in (
+        "key:shred", "dataset:delete-blobs", "dataset:certify"))]  # fmt: skip
     assert world.counts()["data_keys"] == 0
     with world.still():
         assert world.refused(409, "olga", "POST", path) == "ConflictError"
-    with pytest.raises(Exception, match="destroyed"):
+    with pytest.raises(ConflictError, match="adult@1 ended"):
         world.lease(run)
 
 

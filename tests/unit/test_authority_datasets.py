@@ -6,17 +6,14 @@ from typing import Any
 
 import pytest
 
-from authority_world import Person, World, adult_schema
-from cloister.authority.data import MANIFEST_PREDICATE
+from authority_world import CODE, Person, World, adult_schema, receiver
 from cloister.canonical import b64, canonical_json, unb64
-from cloister.datasets.manifest import DatasetManifest
-from cloister.datasets.schema import CLASSES
+from cloister.datasets.manifest import MANIFEST_PREDICATE, DatasetManifest
 from cloister.errors import CloisterError, PermissionDeniedError
 from cloister.sealing import purposes
 from cloister.sealing.envelope import new_key
 from cloister.sealing.lease import seal_to
 from cloister.signing import dsse
-from cloister.stores.blobs import FolderBlobs
 
 OTHER = {"name": "other"}
 
@@ -25,14 +22,19 @@ def manifest(name: str = "other", version: int = 1, shards: int = 2) -> dict[str
     """A true manifest of a dataset whose files nobody wrote: registering reads no blob."""
     schema = adult_schema(name=name)
     files = [
-        {"shard": shard, "role": "holdout" if shard == "holdout" else "train", "sensitivity": cls, "rows": 100,
-         "columns": [column.name for column in schema.columns_of_class(cls)],
-         "path": f"datasets/{name}/{version}/{shard}.{cls}", "bytes": 10, "sha256": "0" * 64}
+        {"shard": shard, "sealed_in": version, "role": "holdout" if shard == "holdout" else "train", "part": part,
+         "rows": 100, "columns": list(schema.stored_columns(part)),
+         "path": f"datasets/{name}/{version}/{shard}.{part}", "bytes": 10, "sha256": "0" * 64}
         for shard in [f"train-{index:03d}" for index in range(shards)] + ["holdout"]
-        for cls in CLASSES if schema.columns_of_class(cls)
+        for part in schema.parts()
     ]  # fmt: skip
-    return {"format": "cloister.dev/dataset/v1", "name": name, "version": version, "parents": [],
-            "dataset_schema": schema.to_dict(), "files": files}  # fmt: skip
+    lineage = {"kind": "seal", "parents": [], "code": CODE, "rows_before": 0, "rows_after": 100 * (shards + 1)}
+    return {"format": "cloister.dev/dataset/v2", "name": name, "version": version,
+            "dataset_schema": schema.to_dict(), "files": files, "lineage": lineage}  # fmt: skip
+
+
+def asked(kind: str, region: str = "eu") -> dict[str, Any]:
+    return receiver() | {"kind": kind, "region": region}
 
 
 def body(
@@ -44,7 +46,8 @@ def body(
     except ValueError:
         digest = "sha256:" + "0" * 64
     if keys is None:
-        keys = {f"{file['shard']}/{file['sensitivity']}": b64(new_key()) for file in facts["files"]}
+        keys = {f"{file['shard']}/{file['part']}": b64(new_key()) for file in facts["files"]
+                if file["sealed_in"] == facts["version"]}  # fmt: skip
     plain = keys if isinstance(keys, bytes) else canonical_json(keys)
     subject = changes.get("signed_digest", digest.removeprefix("sha256:"))
     statement = dsse.statement(facts["name"], subject, changes.get("predicate", MANIFEST_PREDICATE), facts)
@@ -92,7 +95,7 @@ def test_a_signed_statement_of_another_kind_is_refused(calm_world: World) -> Non
 
 
 def key_names() -> list[str]:
-    return [f"{file['shard']}/{file['sensitivity']}" for file in manifest()["files"]]
+    return [f"{file['shard']}/{file['part']}" for file in manifest()["files"]]
 
 
 GOOD = {name: b64(new_key()) for name in key_names()}
@@ -139,7 +142,9 @@ def test_nobody_seals_the_next_version_of_anothers_dataset(calm_world: World) ->
         sent = body(calm_world, manifest("adult", 2), signer=calm_world.people["otto"])
         calm_world.refused(403, "otto", "POST", "/v1/datasets", sent)
     with calm_world.still("denied"):
-        calm_world.refused(403, "otto", "GET", "/v1/datasets/adult/next")
+        calm_world.refused(403, "otto", "POST", "/v1/datasets/adult/sealing", asked("seal"))
+    with calm_world.still("denied"):
+        calm_world.refused(403, "otto", "POST", "/v1/datasets/adult/openings", receiver() | {"purpose": "erase"})
     with calm_world.still("denied"):
         calm_world.refused(403, "otto", "PUT", "/v1/datasets/adult/budget", {"epsilon": 50.0, "delta": 1e-3})
 
@@ -148,7 +153,8 @@ def contradictions() -> list[dict[str, Any]]:
     """Manifests that an owner may sign, but that would make a lease or a plan wrong."""
     wrong = []
     for change in (
-        {"sensitivity": "public"},  # a file in a class without columns
+        {"part": "public"},  # a file in a class without columns
+        {"part": "index"},
         {"columns": ["race", "sex"]},  # restricted columns in a file of another class
         {"columns": ["age", "race"]},
         {"rows": 50},  # fewer rows than its sister files
@@ -186,18 +192,14 @@ def test_a_deeply_nested_manifest_is_no_fault(calm_world: World) -> None:
 
 
 def test_a_crash_between_two_writes_leaves_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrap, calls = world.authority.core.keys.wrap, []
-
-    def dying(key: bytes, context: bytes) -> bytes:
-        calls.append(context)
-        if len(calls) == 4:
-            raise OSError("the machine is on fire")
-        return wrap(key, context)
+    def dying(*_: Any) -> list[bytes]:
+        raise OSError("the machine is on fire")
 
     sent = body(world, manifest())
-    monkeypatch.setattr(world.authority.core.keys, "wrap", dying)
+    monkeypatch.setattr(world.authority._key_service, "wrap", dying)
+    register = world.authority.registration.register
     with world.still(), pytest.raises(OSError, match="on fire"):
-        world.authority.datasets.register(world.caller("olga"), sent["envelope"], unb64(sent["sealed_keys"]))
+        register(world.caller("olga"), sent["envelope"], unb64(sent["sealed_keys"]), [], None)
     assert world.log()[-1].reason == "OSError"
     monkeypatch.undo()
     world.post("olga", "/v1/datasets", sent)
@@ -210,7 +212,7 @@ def test_an_action_that_asks_no_policy_does_nothing(calm_world: World) -> None:
 
 
 def test_a_refused_seal_leaves_no_blob(calm_world: World) -> None:
-    blobs = FolderBlobs.from_url(calm_world.authority.datasets.blobs_url)
+    blobs = calm_world.authority.stores.for_region("eu")
     before = sorted(blobs.root.rglob("*"))
     with pytest.raises(CloisterError):
         calm_world.seal("otto")

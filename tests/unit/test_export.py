@@ -68,11 +68,15 @@ def test_the_exact_count_is_right(model: nn.Module) -> None:
     assert export.evaluate(model, x, (y + 1) % 3) == 0
 
 
-def test_the_noise_of_the_count_is_two_sided_geometric() -> None:
+@pytest.mark.parametrize("rows_per_unit", [1, 4])
+def test_the_noise_of_the_count_is_two_sided_geometric(rows_per_unit: int) -> None:
     epsilon, draws, rows = 0.5, 40_000, 10_000
     source = random.Random(1)  # noqa: S311 - a test's own randomness
-    noise = np.array([round(export.private_accuracy(5000, rows, epsilon, source) * rows) - 5000 for _ in range(draws)])
-    alpha = math.exp(-epsilon)
+    accuracies = [
+        export.private_accuracy(5000, rows, epsilon, source, rows_per_unit=rows_per_unit) for _ in range(draws)
+    ]
+    noise = np.array([round(accuracy * rows) - 5000 for accuracy in accuracies])
+    alpha = math.exp(-epsilon / rows_per_unit)  # a unit moves the count by all of its rows
     for value in range(-4, 5):
         expected = (1 - alpha) / (1 + alpha) * alpha ** abs(value)
         assert abs((noise == value).mean() - expected) < 5 * math.sqrt(expected / draws)
@@ -84,3 +88,5 @@ def test_accuracy_stays_a_share_and_is_drawn_from_the_system_by_default() -> Non
     for wrong in ((11, 10, 1.0), (-1, 10, 1.0), (1, 10, 0.0), (0, 0, 1.0), (1, 10, math.inf)):
         with pytest.raises(ValueError, match="out of range"):
             export.private_accuracy(*wrong)
+    with pytest.raises(ValueError, match="out of range"):
+        export.private_accuracy(1, 10, 1.0, rows_per_unit=0)

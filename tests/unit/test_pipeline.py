@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cloister.errors import (
@@ -407,3 +408,62 @@ def test_the_metadata_names_inputs_and_outputs() -> None:
         ("hours", "FP64"),
     ]
     assert [item["name"] for item in metadata["outputs"]] == ["label", "probability"]
+
+
+TENSOR = {"x": frozenset({"UINT8", "INT64", "FP32", "FP64"})}, {"x": (2, 3)}
+
+
+def tensor(shape: Any, data: Any, datatype: str = "INT64") -> bytes:
+    return json.dumps({"inputs": [{"name": "x", "shape": shape, "datatype": datatype, "data": data}]}).encode()
+
+
+@pytest.mark.parametrize(
+    ("shape", "data"),
+    [
+        ([2, 6], list(range(12))),
+        ([2, 2, 3], list(range(12))),
+        ([2, 6], [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]]),
+        ([2, 2, 3], [[[0, 1, 2], [3, 4, 5]], [[6, 7, 8], [9, 10, 11]]]),
+    ],
+)
+@pytest.mark.parametrize("datatype", ["UINT8", "INT64", "FP32"])
+def test_a_tensor_column_is_read_flat_or_nested(shape: list[int], data: Any, datatype: str) -> None:
+    request = tables.read_request(tensor(shape, data, datatype), *TENSOR)
+    values = request.columns["x"]
+    assert isinstance(values, np.ndarray)
+    assert values.tolist() == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]]
+    assert request.rows == 2
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        (tensor([2], list(range(12))), "`shape` must be [N, 2, 3] or [N, 6]"),
+        (tensor([2, 3, 2], list(range(12))), "`shape` must be"),
+        (tensor([2, 6, 1], list(range(12))), "`shape` must be"),
+        (tensor([2.0, 6], list(range(12))), "`shape` must be"),
+        (tensor("2,6", list(range(12))), "`shape` must be"),
+        (tensor([-1, 6], []), "12 values|-6 values"),
+        (tensor([0, 6], []), "1 to 1024 rows"),
+        (tensor([2, 6], list(range(11))), "says 12 values, `data` holds 11"),
+        (tensor([2, 6], [[1] * 6, [1] * 5]), "not nested as `shape` says"),
+        (tensor([2, 2, 3], [[[1] * 3] * 2, [[1] * 3, [1] * 2]]), "not nested as `shape` says"),
+        (tensor([2, 2, 3], [[1] * 6] * 2), "not nested as `shape` says"),
+        (tensor([2, 6], [[[1]] * 6] * 2), "not INT64"),
+        (tensor([2, 6], [1] * 11 + [1.5]), "not INT64"),
+        (tensor([2, 6], [1] * 11 + [True], "FP64"), "not FP64"),
+        (tensor([2, 6], [1] * 11 + ["1"], "FP64"), "not FP64"),
+        (tensor([2, 6], [1] * 11 + [None], "FP64"), "not FP64"),
+        (tensor([2, 6], [1] * 11 + [256], "UINT8"), "not UINT8"),
+        (tensor([2, 6], [1] * 11 + [-1], "UINT8"), "not UINT8"),
+        (tensor([2, 6], [1] * 11 + [2**63]), "not INT64"),
+        (tensor([2, 6], [1] * 11 + [10**400], "FP64"), "not FP64"),
+        (tensor([2, 6], [1] * 12).replace(b"1]", b"1e999]").replace(b"INT64", b"FP64"), "not FP64"),
+        (tensor([2, 6], [1] * 12, "INT8"), "must be sent as FP32 or FP64 or INT64 or UINT8"),
+        (tensor([2, 6], [1] * 12, "BYTES"), "must be sent as"),
+    ],
+)
+def test_a_tensor_that_breaks_the_protocol_is_refused(body: bytes, told: str) -> None:
+    with pytest.raises(InputError) as refusal:
+        tables.read_request(body, *TENSOR)
+    assert any(part in refusal.value.message for part in told.split("|"))

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cloister.errors import InputError
-from cloister.privacy import accounting
+from cloister.privacy import accounting, units
 from cloister.privacy.plan import PrivacyPlan, make_plan
 from cloister.privacy.spec import TrainingSpec
 
@@ -83,9 +86,11 @@ def test_a_plan_survives_its_plain_map_and_refuses_any_other(plan: PrivacyPlan) 
     assert PrivacyPlan.from_dict(body) == plan
     for wrong in (body | {"extra": 1}, {k: v for k, v in body.items() if k != "rows"}, body | {"steps": 1.5},
                   body | {"steps": True}, body | {"epsilon": "3"}, body | {"sample_rate": 1.5}, body | {"steps": 0},
-                  body | {"noise_multiplier": math.nan}, body | {"max_grad_norm": math.inf}):  # fmt: skip
+                  body | {"noise_multiplier": math.nan}, body | {"max_grad_norm": math.inf},
+                  body | {"rows_per_unit": 0}, body | {"rows_per_unit": 1.5}):  # fmt: skip
         with pytest.raises(InputError):
             PrivacyPlan.from_dict(wrong)
+    assert PrivacyPlan.from_dict({k: v for k, v in body.items() if k != "rows_per_unit"}) == plan, "an older plan"
     with pytest.raises(InputError):
         replace(plan, rows=0)
 
@@ -102,6 +107,114 @@ def test_a_plan_that_cannot_be_private_is_refused(change: dict[str, float], told
     fields = {"epsilon": 3.0, "delta": 1e-5, "max_grad_norm": 1.0, "epochs": 20, "expected_batch_size": 1024}
     with pytest.raises(InputError, match=told):
         make_plan(**(fields | {"rows": 26_049} | change))  # type: ignore[arg-type]  # ints and floats
+
+
+# Units of several rows. The rate, steps and delta of the plan above; the multipliers give epsilons that people ask for.
+UNITS = [(2, 2.0), (8, 8.0), (8, 4.0), (100, 60.0)]
+
+
+@pytest.mark.parametrize(("rows", "sigma"), UNITS)
+def test_two_accountants_agree_about_units(rows: int, sigma: float) -> None:
+    prv = accounting.prv_epsilon(sigma, 0.02048, 2441, 1e-5, rows)
+    pld = accounting.pld_epsilon(sigma, 0.02048, 2441, 1e-5, rows)
+    assert abs(prv - pld) < 0.02
+    assert accounting.epsilon(sigma, 0.02048, 2441, 1e-5, rows) == max(prv, pld)
+
+
+@pytest.mark.parametrize(("rows", "sigma"), UNITS)
+def test_what_a_unit_costs_lies_between_what_others_prove(rows: int, sigma: float) -> None:
+    """More than one of its rows; less than coarser bounds that need no mixture: all its rows whenever one is drawn."""
+    rate, steps, delta = 0.02048, 2441, 1e-5
+    certified = accounting.epsilon(sigma, rate, steps, delta, rows)
+    assert certified > accounting.epsilon(sigma, rate, steps, delta)
+    together = accounting.pld_epsilon(sigma / rows, 1 - (1 - rate) ** rows, steps, delta)
+    assert certified < together
+
+
+def test_a_unit_costs_less_than_group_privacy_says() -> None:
+    """k·epsilon at delta·(1 + e^epsilon + …): valid for every mechanism, and far above."""
+    rows, sigma, rate, steps = 3, 4.0, 0.02, 500
+    one, delta = 0.0, 0.0
+    for delta_of_one in (1e-12, 1e-9, 1e-6):
+        one = accounting.pld_epsilon(sigma, rate, steps, delta_of_one)
+        delta = delta_of_one * sum(math.exp(index * one) for index in range(rows))
+        certified = accounting.epsilon(sigma, rate, steps, delta, rows)
+        assert certified < rows * one
+    assert one > 0.0
+
+
+@pytest.mark.parametrize(("rows", "sigma", "rate"), [(1, 1.0, 0.02), (3, 1.5, 0.1), (8, 6.0, 0.3)])
+def test_one_step_of_a_unit_is_not_understated(rows: int, sigma: float, rate: float) -> None:
+    """One step is integrated by brute force, in both directions: no accountant's code takes part."""
+    delta = 1e-5
+    stated = accounting.epsilon(sigma, rate, 1, delta, rows)
+    x = np.linspace(-15 * sigma, rows + 15 * sigma, 400_001)
+    without = np.exp(-x * x / (2 * sigma**2))
+    owned = sum(
+        math.comb(rows, j) * rate**j * (1 - rate) ** (rows - j) * np.exp(-((x - j) ** 2) / (2 * sigma**2))
+        for j in range(rows + 1)
+    )
+
+    def exact_delta(eps: float) -> float:
+        scale = (x[1] - x[0]) / (sigma * math.sqrt(2 * math.pi))
+        sides = [np.maximum(a - math.exp(eps) * b, 0).sum() * scale for a, b in ((owned, without), (without, owned))]
+        return float(max(sides))
+
+    assert exact_delta(stated) <= delta <= exact_delta(max(0.0, stated - 0.03))
+
+
+def test_all_rows_in_every_step_are_one_row_of_their_number() -> None:
+    """At q close to 1 a unit of k rows is one row of norm k·C."""
+    for accountant in (accounting.prv_epsilon, accounting.pld_epsilon):
+        assert accountant(20.0, 1 - 1e-9, 10, 1e-5, 8) == pytest.approx(
+            accountant(20.0 / 8, 1 - 1e-9, 10, 1e-5), abs=2e-3
+        )
+
+
+@pytest.mark.parametrize(("sigma", "rate", "steps"), [(1.0, 0.02048, 2441), (4.0, 0.5, 50), (0.7, 0.001, 1000)])
+def test_the_mixture_of_one_row_is_what_opacus_computes(sigma: float, rate: float, steps: int) -> None:
+    ours = units.prv_epsilon(sigma, rate, steps, 1e-5, 1, epsilon_error=0.01)
+    assert ours == pytest.approx(accounting.prv_epsilon(sigma, rate, steps, 1e-5), abs=1e-3)
+
+
+@settings(max_examples=5, deadline=None)
+@given(
+    rows=st.integers(1, 8), sigma=st.floats(6.0, 40.0), rate=st.floats(0.002, 0.1), steps=st.integers(1, 400),
+    factor=st.floats(1.05, 1.5),
+)  # fmt: skip
+def test_more_rows_more_often_more_steps_and_less_noise_cost_more(
+    rows: int, sigma: float, rate: float, steps: int, factor: float
+) -> None:
+    base = accounting.epsilon(sigma, rate, steps, 1e-6, rows)
+    rounding = 2e-3 * (1.0 + base)
+    for worse in (
+        accounting.epsilon(sigma, rate, steps, 1e-6, rows + 1),
+        accounting.epsilon(sigma / factor, rate, steps, 1e-6, rows),
+        accounting.epsilon(sigma, min(0.9, rate * factor), steps, 1e-6, rows),
+        accounting.epsilon(sigma, rate, math.ceil(steps * factor), 1e-6, rows),
+        accounting.epsilon(sigma, rate, steps, 1e-6 / factor, rows),
+    ):
+        assert worse >= base - rounding
+
+
+def test_moving_the_tails_of_the_binomial_up_keeps_its_mass() -> None:
+    for rows, rate in ((1, 0.1), (8, 0.02), (10_000, 0.01), (10_000, 1 - 1e-9), (500, 1e-9)):
+        counts, masses = units.sensitivities(rows, rate)
+        assert sum(masses) == pytest.approx(1.0, abs=1e-12)
+        assert counts == sorted(set(counts))
+        assert np.dot(counts, masses) >= rows * rate * (1 - 1e-9)
+        assert counts[-1] <= rows
+
+
+def test_a_plan_for_units_needs_more_noise_for_the_same_epsilon(plan: PrivacyPlan) -> None:
+    fields = {"epsilon": 3.0, "delta": 1e-5, "max_grad_norm": 1.0, "epochs": 20, "expected_batch_size": 1024}
+    units_plan = make_plan(**fields, rows=26_049, rows_per_unit=8)  # type: ignore[arg-type]  # ints and floats
+    assert units_plan.rows_per_unit == 8
+    assert 2.97 < units_plan.epsilon_certified <= 3.0
+    assert units_plan.noise_multiplier > 4 * plan.noise_multiplier
+    assert PrivacyPlan.from_dict(units_plan.to_dict()) == units_plan
+    as_if_rows = accounting.epsilon(units_plan.noise_multiplier, plan.sample_rate, plan.steps, plan.delta)
+    assert as_if_rows < 0.5, "the epsilon of one row says nothing about its owner"
 
 
 def test_the_spec_of_the_design_is_read_and_survives_a_round_trip() -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from cloister.errors import CloisterError, InputError, UnavailableError
 from cloister.process import INHERITED, Daemon, describe
+from cloister.stores.blobs import AWS_PLACES
 
 SLEEPER = """
 import json, os, resource, sys, time
@@ -83,7 +84,7 @@ def test_a_child_inherits_only_what_is_listed(tmp_path: Path, module: str, monke
     status = daemon.wait_ready(30, what="the sleeper")
     process = daemon.process()
     assert process is not None
-    assert set(status["environment"]) <= {*INHERITED, "CLOISTER_EXTRA", "LC_CTYPE"}
+    assert set(status["environment"]) <= {*INHERITED, *AWS_PLACES, "CLOISTER_EXTRA", "LC_CTYPE"}
     assert "SECRET" not in json.dumps(status)
     assert (status["umask"], status["core"], status["arguments"]) == (0o077, [0, 0], ["--flag"])
     assert status["session"] == process.pid != os.getsid(0)

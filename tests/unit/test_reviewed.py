@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from authority_world import Person, World, adult_schema, rows_of_adult, training_spec
+from authority_world import Person, World, adult_schema, blocks_of_adult, training_spec
 from cloister.authority.core import Caller
 from cloister.client.seal import seal_dataset, signed_manifest
 from cloister.errors import CloisterError, InputError, IntegrityError, PermissionDeniedError, UnavailableError
@@ -20,7 +20,7 @@ from cloister.signing import certificates
 
 def seal_again(world: World, client: Any, holdout: float = 0.2) -> dict[str, Any]:
     return seal_dataset(
-        client, world.people["olga"].private, rows_of_adult(), adult_schema(), shards=2, holdout=holdout,
+        client, world.people["olga"].private, blocks_of_adult(), adult_schema(), shards=2, holdout=holdout,
         receiving_key=world.authority.receiving_public,
     )  # fmt: skip
 
@@ -30,8 +30,10 @@ def test_a_lost_answer_does_not_lose_a_registered_dataset(world: World, monkeypa
     post = client.post
 
     def post_and_lose_the_answer(path: str, body: Any = None) -> Any:
-        post(path, body)
-        raise UnavailableError("the connection broke", "try again")
+        answer = post(path, body)
+        if path == "/v1/datasets":
+            raise UnavailableError("the connection broke", "try again")
+        return answer
 
     monkeypatch.setattr(client, "post", post_and_lose_the_answer)
     assert seal_again(world, client)["dataset"] == "adult@2"
@@ -43,7 +45,7 @@ def test_a_lost_answer_does_not_lose_a_registered_dataset(world: World, monkeypa
 def test_a_refused_dataset_leaves_no_file(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     client = world.client("olga")
     before = sorted((world.directory / "blobs").rglob("*.parquet"))
-    monkeypatch.setattr("cloister.client.seal.new_key", lambda: b"k" * 32)  # one key for all files: refused
+    monkeypatch.setattr("cloister.client.upload.new_key", lambda: b"k" * 32)  # one key for all files: refused
     with pytest.raises(CloisterError):
         seal_again(world, client)
     assert sorted((world.directory / "blobs").rglob("*.parquet")) == before

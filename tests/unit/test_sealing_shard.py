@@ -9,7 +9,7 @@ from cloister.errors import InputError, IntegrityError
 from cloister.sealing import shard
 from cloister.sealing.envelope import new_key
 
-AAD = shard.shard_aad("adult", 1, "confidential", "0000")
+AAD = shard.shard_aad("adult", 1, "confidential", "0000", "eu")
 TABLE = pa.table(
     {
         "age": pa.array([39, 50, None], pa.int32()),
@@ -47,17 +47,36 @@ def test_neither_values_nor_column_names_nor_the_prefix_are_in_the_file() -> Non
         assert text not in sealed
 
 
-@pytest.mark.parametrize("other", [("adult", 2, "confidential", "0000"), ("adult", 1, "restricted", "0000")])
-def test_the_prefix_names_the_shard(other: tuple[str, int, str, str]) -> None:
-    assert shard.shard_aad(*other) != AAD
+@pytest.mark.parametrize(
+    "other",
+    [
+        ("adult2", 1, "confidential", "0000", "eu"), ("adult", 2, "confidential", "0000", "eu"),
+        ("adult", 1, "restricted", "0000", "eu"), ("adult", 1, "confidential", "0001", "eu"),
+        ("adult", 1, "confidential", "0000", "us"),
+    ],
+)  # fmt: skip
+def test_the_prefix_names_the_shard(other: tuple[str, int, str, str, str]) -> None:
+    sealed = shard.seal_table(TABLE, bytes(32), AAD)
+    with pytest.raises(IntegrityError):
+        shard.open_table(sealed, bytes(32), shard.shard_aad(*other))
     # Names cannot run into each other.
-    assert shard.shard_aad("a", 1, "bc", "d") != shard.shard_aad("a", 1, "b", "cd")
+    assert shard.shard_aad("a", 1, "bc", "d", "e") != shard.shard_aad("a", 1, "b", "cd", "e")
 
 
-@pytest.mark.parametrize("bad", [("", 1, "c", "s"), ("d", 0, "c", "s"), ("d", 1, "", "s"), ("d", 1, "c", "")])
-def test_an_incomplete_prefix_is_refused(bad: tuple[str, int, str, str]) -> None:
+@pytest.mark.parametrize(
+    "bad",
+    [("", 1, "c", "s", "r"), ("d", 0, "c", "s", "r"), ("d", 1, "", "s", "r"), ("d", 1, "c", "", "r"),
+     ("d", 1, "c", "s", "")],
+)  # fmt: skip
+def test_an_incomplete_prefix_is_refused(bad: tuple[str, int, str, str, str]) -> None:
     with pytest.raises(InputError):
         shard.shard_aad(*bad)
+
+
+def test_rows_that_are_wider_than_a_page_come_back() -> None:
+    row = pa.binary(600_000)
+    table = pa.table({"tensor": pa.array([bytes([n]) * 600_000 for n in range(5)], row), "gap": [1, None, 3, None, 5]})
+    assert shard.open_table(shard.seal_table(table, bytes(32), AAD), bytes(32), AAD).equals(table)
 
 
 @pytest.mark.parametrize(("key", "aad"), [(bytes(16), AAD), (b"", AAD), (bytes(32), b"")])

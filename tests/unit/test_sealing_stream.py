@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from cloister.errors import InputError, IntegrityError
@@ -66,3 +68,40 @@ def test_keys_of_another_length_are_refused(size: int) -> None:
 def test_what_is_not_a_sealed_file_is_refused(junk: bytes) -> None:
     with pytest.raises(IntegrityError):
         stream.open_sealed(new_key(), junk, CONTEXT)
+
+
+SIZES = [0, 1, stream.CHUNK_BYTES - 1, stream.CHUNK_BYTES, stream.CHUNK_BYTES + 1, 3 * stream.CHUNK_BYTES]
+
+
+def in_pieces(data: bytes, bytes_each: int) -> list[bytes]:
+    return [data[start : start + bytes_each] for start in range(0, len(data), bytes_each)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("piece", [100_003, 5 * stream.CHUNK_BYTES])
+def test_in_pieces_it_is_the_same_format(size: int, piece: int) -> None:
+    key, plaintext = new_key(), os.urandom(size)
+    writer = stream.SealingStream(key, CONTEXT)
+    sealed = b"".join(map(writer.update, in_pieces(plaintext, piece))) + writer.finish()
+    assert stream.open_sealed(key, sealed, CONTEXT) == plaintext
+    reader = stream.OpeningStream(key, CONTEXT)
+    whole = stream.seal(key, plaintext, CONTEXT)
+    assert b"".join(map(reader.update, in_pieces(whole, piece))) + reader.finish() == plaintext
+
+
+def test_in_pieces_nothing_that_was_changed_cut_or_extended_opens() -> None:
+    key = new_key()
+    sealed = stream.seal(key, bytes(2 * stream.CHUNK_BYTES + 5), CONTEXT)
+    middle = len(sealed) // 2
+    flipped = bytes([*sealed[:middle], sealed[middle] ^ 1, *sealed[middle + 1 :]])
+    chunk = stream.CHUNK_BYTES + stream.TAG_BYTES
+    header = stream.HEADER_BYTES
+    swapped = sealed[:header] + sealed[header + chunk : header + 2 * chunk] + sealed[header : header + chunk]
+    cuts = [sealed[:end] for end in (0, 5, header, header + 3, header + chunk, header + 2 * chunk, len(sealed) - 1)]
+    for broken in (flipped, swapped + sealed[header + 2 * chunk :], sealed + b"x", *cuts):
+        reader = stream.OpeningStream(key, CONTEXT)
+        with pytest.raises(IntegrityError):
+            [*map(reader.update, in_pieces(broken, 999_999)), reader.finish()]
+    reader = stream.OpeningStream(key, {"kind": "another"})
+    with pytest.raises(IntegrityError):
+        reader.update(sealed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import secrets
 import socket
@@ -26,14 +25,11 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import insert, inspect, select, text
 from sqlalchemy.exc import DBAPIError
 
-from cloister.errors import CloisterError, ConflictError, InputError, IntegrityError, NotFoundError, UnavailableError
-from cloister.sealing.envelope import new_key
+from cloister.errors import CloisterError, InputError, UnavailableError
 from cloister.signing import certificates
 from cloister.stores import engines, files, migrations
-from cloister.stores.blobs import FolderBlobs, check_path
 from cloister.stores.database import Database
 from cloister.stores.files import write_atomic
-from cloister.stores.keys import EmbeddedKeys
 from cloister.stores.tables import budgets, metadata
 from databases import Place, add, held
 from postgres import Server
@@ -41,72 +37,6 @@ from postgres import Server
 
 def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
-
-
-# ---- blobs ----
-
-
-def test_a_blob_is_written_once(tmp_path: Path) -> None:
-    blobs = FolderBlobs.make(tmp_path / "blobs")
-    blobs.put("a/b", b"first")
-    with pytest.raises(ConflictError):
-        blobs.put("a/b", b"second")
-    assert blobs.get("a/b") == b"first"
-    assert [path.name for path in (tmp_path / "blobs" / "a").iterdir()] == ["b"]
-    assert (mode(tmp_path / "blobs"), mode(tmp_path / "blobs" / "a" / "b")) == (0o700, 0o600)
-
-
-ESCAPES = ["../x", "a/../../x", "/etc/passwd", "a//b", "a/./b", ".hidden", "a/.git", "", "a/", "a\x00b", "a\n", "a\\b",
-           "~/x", "a b", "ä"]  # fmt: skip
-
-
-@pytest.mark.parametrize("path", ESCAPES)
-def test_a_path_cannot_leave_the_store(tmp_path: Path, path: str) -> None:
-    blobs = FolderBlobs.make(tmp_path / "blobs")
-    for attempt in (lambda: blobs.put(path, b"x"), lambda: blobs.get(path), lambda: blobs.remove_tree(path)):
-        with pytest.raises(InputError):
-            attempt()
-    assert [file.name for file in tmp_path.rglob("*")] == ["blobs"]
-
-
-def test_a_path_below_another_folder_is_refused() -> None:
-    assert check_path("models/run-1/x", below="models/run-1/") == "models/run-1/x"
-    for path in ("models/run-1", "models/run-10/x", "models/run-1x/y", "x/models/run-1/y"):
-        with pytest.raises(InputError):
-            check_path(path, below="models/run-1/")
-
-
-def test_a_missing_blob_and_a_full_disk_are_our_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blobs = FolderBlobs.make(tmp_path / "blobs")
-    with pytest.raises(NotFoundError):
-        blobs.get("a")
-    blobs.put("folder/a", b"x")
-    with pytest.raises(UnavailableError):
-        blobs.get("folder")
-    with pytest.raises(CloisterError):
-        blobs.put("folder/a/b", b"x")
-    with pytest.raises(UnavailableError):
-        blobs.put("n" * 300, b"x")
-
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UnavailableError, match="No space left"):
-        blobs.put("b", b"x")
-    assert sorted(file.name for file in (tmp_path / "blobs").rglob("*")) == ["a", "folder"]
-
-
-@pytest.mark.parametrize("url", ["http://host/x", "s3://bucket/x", "file://host/x", "/x", ""])
-def test_a_store_elsewhere_is_refused(url: str) -> None:
-    with pytest.raises(InputError):
-        FolderBlobs.from_url(url)
-
-
-def test_a_store_is_found_again_by_its_url(tmp_path: Path) -> None:
-    blobs = FolderBlobs.make(tmp_path / "a folder with % and ä")
-    blobs.put("x", b"1")
-    assert FolderBlobs.from_url(blobs.url).get("x") == b"1"
 
 
 # ---- files ----
@@ -130,60 +60,6 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
     assert [path.name for path in tmp_path.iterdir()] == ([] if failing == "link" else ["file"])
     if failing != "link":
         assert file.read_bytes() == b"old"
-
-
-# ---- keys ----
-
-
-def test_a_key_ring_does_not_open_under_another_root_key(tmp_path: Path) -> None:
-    ring = EmbeddedKeys(tmp_path / "keys")
-    ring.store_secret("log", b"secret")
-    wrapped = ring.wrap(new_key(), b"here")
-    for file in (tmp_path / "keys").iterdir():
-        assert mode(file) == 0o600
-    text = (tmp_path / "keys" / "keyring.json").read_bytes()
-    (tmp_path / "keys" / "root.key").write_bytes(new_key())
-    with pytest.raises(IntegrityError):
-        EmbeddedKeys(tmp_path / "keys")
-    assert (tmp_path / "keys" / "keyring.json").read_bytes() == text
-    with pytest.raises(IntegrityError):
-        EmbeddedKeys(tmp_path / "other").unwrap(wrapped, b"here")
-    with pytest.raises(IntegrityError):
-        ring.unwrap(wrapped, b"elsewhere")
-
-
-@pytest.mark.parametrize("name", ["root.key", "keyring.json"])
-def test_half_a_key_service_is_never_started_anew(tmp_path: Path, name: str) -> None:
-    EmbeddedKeys(tmp_path)
-    (tmp_path / name).unlink()
-    kept = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    with pytest.raises(IntegrityError):
-        EmbeddedKeys(tmp_path)
-    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == kept
-
-
-@pytest.mark.parametrize("ring", ["", "[]", "{}", "null", '{"format": "cloister.dev/keyring/v2"}', "\udcff"])
-def test_a_damaged_or_newer_key_ring_is_refused(tmp_path: Path, ring: str) -> None:
-    EmbeddedKeys(tmp_path)
-    whole = json.loads((tmp_path / "keyring.json").read_text())
-    if ring.startswith('{"format"'):
-        ring = json.dumps(whole | json.loads(ring))
-    (tmp_path / "keyring.json").write_bytes(ring.encode(errors="surrogateescape"))
-    with pytest.raises(IntegrityError):
-        EmbeddedKeys(tmp_path)
-
-
-def test_secrets_are_bound_to_their_names(tmp_path: Path) -> None:
-    ring = EmbeddedKeys(tmp_path)
-    ring.store_secret("log", b"one")
-    ring.store_secret("ca", b"two")
-    stored = json.loads((tmp_path / "keyring.json").read_text())
-    stored["secrets"] = {"log": stored["secrets"]["ca"], "ca": stored["secrets"]["log"]}
-    (tmp_path / "keyring.json").write_text(json.dumps(stored))
-    with pytest.raises(IntegrityError):
-        EmbeddedKeys(tmp_path).secret("log")
-    with pytest.raises(NotFoundError):
-        ring.secret("tokens")
 
 
 # ---- database ----

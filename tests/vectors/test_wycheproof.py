@@ -5,11 +5,14 @@ The vectors are not part of this repository. They are looked for in `../shared/v
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
@@ -19,6 +22,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from nacl.exceptions import BadSignatureError
 from nacl.signing import VerifyKey
 
+from cloister.datasets import subjects
 from cloister.errors import InputError, IntegrityError
 from cloister.sealing.lease import ReceivingKey, seal_to
 from cloister.signing import keys
@@ -93,6 +97,21 @@ def test_x25519_and_hpke_over_it() -> None:
             key = ReceivingKey.from_seed(private)
             assert key.open(seal_to(key.public, b"secret", b"i"), b"i") == b"secret"
     assert zero > 10
+
+
+def test_hmac_sha256() -> None:
+    """256-bit keys: whole, as keys derive keys from contexts; cut to 128 bits, as tags of subjects."""
+    seen = {"valid": 0, "invalid": 0}
+    for group, case in cases("hmac_sha256_test.json"):
+        if group["keySize"] != 256:
+            continue
+        key, message, tag = raw(case, "key", "msg", "tag")
+        seen[case["result"]] += 1
+        whole = hmac.digest(key, message, hashlib.sha256)
+        (ours,) = subjects._macs(key, pa.chunked_array([pa.array([message], pa.binary())]))
+        assert ours.tobytes() == whole[: subjects.TAG_BYTES]
+        assert (whole[: len(tag)] == tag) == (case["result"] == "valid")
+    assert min(seen.values()) > 20
 
 
 def test_ed25519_for_statements_and_for_checkpoints() -> None:

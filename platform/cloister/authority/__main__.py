@@ -14,6 +14,8 @@ from cloister.authority.service import Authority
 from cloister.authority.settings import AuthoritySettings
 from cloister.errors import CloisterError
 from cloister.process import Daemon, describe
+from cloister.stores.keys.root import PASSPHRASE_VARIABLE, passphrase_in
+from cloister.stores.keys.settings import EmbeddedSettings, VaultSettings, open_keys
 
 
 def main() -> int:
@@ -34,7 +36,9 @@ def main() -> int:
         settings = AuthoritySettings.model_validate_json(options.settings.read_bytes())
         authority = Authority(
             options.directory, url=settings.url, database=settings.open_database(), issuers=settings.federation(),
-            required=settings.approvals, witnesses=settings.witnesses,
+            required=settings.approvals, witnesses=settings.witnesses, blobs=settings.blobs,
+            retention_check_s=settings.retention_check_s, seals_per_minute=settings.seals_per_minute,
+            key_service=open_keys(settings.keys, options.directory / "keys", lambda: _passphrase(settings.keys)),
         )  # fmt: skip
         authority.identities.bootstrap(options.operator, options.operator_key.read_text())
         listener = Listener(authority, settings, ready)
@@ -44,8 +48,14 @@ def main() -> int:
     authority.note("authority:start")
     if settings.witnesses:
         authority.witnessing.start()
+    authority.retention.start()
     listener.run()
     return 0
+
+
+def _passphrase(settings: EmbeddedSettings | VaultSettings) -> bytes:
+    file = os.environ.get(PASSPHRASE_VARIABLE) or getattr(settings, "passphrase_file", None)
+    return passphrase_in(Path(file)) if file else sys.stdin.buffer.readline().rstrip(b"\r\n")
 
 
 def _warm() -> None:

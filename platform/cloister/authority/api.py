@@ -13,6 +13,8 @@ from cloister.authority.bodies import (
     Budget,
     CosignedNote,
     ElevatedAccess,
+    EndingAt,
+    Expiry,
     Failure,
     KeyRotation,
     LeaseRequest,
@@ -23,6 +25,7 @@ from cloister.authority.bodies import (
     NewKey,
     NewNode,
     NewRun,
+    Opening,
     Policies,
     Progress,
     Question,
@@ -30,13 +33,15 @@ from cloister.authority.bodies import (
     Refusal,
     Roles,
     SealedDataset,
-    Size,
+    Sealing,
     SigningRequest,
+    Size,
     Spec,
     TrainedModel,
     Version,
     Vote,
     Word,
+    WrappingKey,
 )
 from cloister.authority.core import Caller
 from cloister.authority.gate import Gate, handle_errors, peer_of, source_of
@@ -68,9 +73,10 @@ def create_app(authority: Authority) -> FastAPI:
     _public_routes(app, authority)
 
     identities, datasets, runs = authority.identities, authority.datasets, authority.runs
+    registration, lifecycle, shredding = authority.registration, authority.lifecycle, authority.shredding
     models, endpoints, log = authority.models, authority.endpoints, authority.log
     approvals, access, policies, nodes = authority.approvals, authority.access, authority.policies, authority.nodes
-    sessions = authority.sessions
+    sessions, custody = authority.sessions, authority.custody
 
     def route(method: str, path: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         return app.api_route("/v1" + path, methods=[method])
@@ -110,6 +116,14 @@ def create_app(authority: Authority) -> FastAPI:
     def rotate_token_keys(c: Who, body: KeyRotation) -> Any:
         return sessions.rotate_keys(c, compromised=body.compromised)
 
+    @route("GET", "/keys")
+    def list_keys(c: Who) -> Any:
+        return custody.list(c)
+
+    @route("POST", "/keys/rotation")
+    def rotate_key(c: Who, body: WrappingKey) -> Any:
+        return custody.rotate(c, body.name)
+
     @route("POST", "/nodes")
     def register_node(c: Who, body: NewNode) -> Any:
         return nodes.register(c, body.name, body.public_key, body.region, body.assurance)
@@ -138,17 +152,25 @@ def create_app(authority: Authority) -> FastAPI:
     def list_datasets(c: Who) -> Any:
         return datasets.list(c)
 
-    @route("GET", "/datasets/{name}/next")
-    def next_version(c: Who, name: Name) -> Any:
-        return {"version": datasets.next_version(c, name), "blobs": datasets.blobs_url}
+    @route("POST", "/datasets/{name}/sealing")
+    def keys_for_sealing(c: Who, name: Name, body: Sealing) -> Any:
+        return registration.sealing(c, name, body.kind, body.region, unb64(body.public_key))
+
+    @route("POST", "/datasets/{name}/openings")
+    def keys_for_opening(c: Who, name: Name, body: Opening) -> Any:
+        return registration.openings(c, name, body.purpose, body.files, unb64(body.public_key))
 
     @route("POST", "/datasets")
     def register_dataset(c: Who, body: SealedDataset) -> Any:
-        return datasets.register(c, body.envelope.model_dump(), unb64(body.sealed_keys))
+        return registration.register(c, body.envelope.model_dump(), unb64(body.sealed_keys), body.ends, body.reason)
+
+    @route("POST", "/datasets/{name}/endings")
+    def end_files(c: Who, name: Name, body: EndingAt) -> Any:
+        return registration.end(c, name, body.version, body.ends, body.reason)
 
     @route("GET", "/datasets/{name}/versions/{version}")
     def show_dataset(c: Who, name: Name, version: Version) -> Any:
-        return datasets.show(c, name, version) | {"blobs": datasets.blobs_url}
+        return datasets.show(c, name, version)
 
     @route("GET", "/datasets/{name}/budget")
     def show_budget(c: Who, name: Name) -> Any:
@@ -160,7 +182,15 @@ def create_app(authority: Authority) -> FastAPI:
 
     @route("POST", "/datasets/{name}/versions/{version}/key-destruction")
     def destroy_keys(c: Who, name: Name, version: Version) -> Any:
-        return datasets.destroy_keys(c, name, version)
+        return lifecycle.destroy_keys(c, name, version)
+
+    @route("POST", "/datasets/{name}/versions/{version}/expiry")
+    def expire(c: Who, name: Name, version: Version, body: Expiry) -> Any:
+        return lifecycle.expire(c, name, version, early=body.early)
+
+    @route("GET", "/erasures/{erasure}")
+    def certificate(c: Who, erasure: Name) -> Any:
+        return shredding.certificate(c, erasure)
 
     @route("POST", "/plans")
     def plan(c: Who, body: Spec) -> Any:
@@ -210,7 +240,7 @@ def create_app(authority: Authority) -> FastAPI:
 
     @route("GET", "/models/{name}/versions/{version}")
     def show_model(c: Who, name: Name, version: Version) -> Any:
-        return models.show(c, name, version) | {"blobs": datasets.blobs_url}
+        return models.show(c, name, version)
 
     @route("POST", "/models/{name}/versions/{version}/promotion")
     def promote(c: Who, name: Name, version: Version) -> Any:
@@ -218,7 +248,7 @@ def create_app(authority: Authority) -> FastAPI:
 
     @route("POST", "/models/{name}/versions/{version}/export")
     def export_model(c: Who, name: Name, version: Version, body: ModelLeaseRequest) -> Any:
-        return models.export(c, name, version, unb64(body.public_key)) | {"blobs": datasets.blobs_url}
+        return models.export(c, name, version, unb64(body.public_key))
 
     @route("GET", "/approvals")
     def list_approvals(c: Who) -> Any:

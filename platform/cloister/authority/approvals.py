@@ -78,13 +78,14 @@ class Approvals:
         digest, author = digest or approval_digest(known), author or act.caller.name
         now, connection = self._core.clock(), act.connection
         same = (approvals.c.kind == kind) & (approvals.c.subject == subject) & (approvals.c.author == author)
-        connection.execute(
-            update(approvals)
-            .where(same, approvals.c.digest != digest, approvals.c.state == "open")
-            .values(state="void")
-        )
         alive = approvals.c.state.in_(["open", "refused"]) & (approvals.c.expires > now)
-        found = connection.execute(select(approvals).where(same, approvals.c.digest == digest, alive)).first()
+        found = None
+        for row in connection.execute(select(approvals).where(same, alive)).all():
+            # Where the subject has a digest of its own, what approvers are shown and sign may change beside it.
+            if (row.digest, row.details) == (digest, known):
+                found = row
+            elif row.state == "open":
+                connection.execute(update(approvals).where(approvals.c.id == row.id).values(state="void"))
         if found is not None:
             return found
         approval = "apr-" + secrets.token_hex(4)

@@ -5,16 +5,18 @@ The limits are in the OpenAPI document too, so a client and a test can see them.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import Query
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
 from cloister.authority.nodes import MAX_ASSURANCE
+from cloister.datasets.erasure import Reason
 from cloister.policy.decide import MAX_SITE_CHARACTERS
 from cloister.privacy.spec import TrainingSpec
 
 MAX_FIELDS = 32
+MAX_FILE_REFS = 100_000
 
 
 def _parsed(spec: object) -> dict[str, Any]:
@@ -27,6 +29,8 @@ Step = Annotated[int, Field(ge=0, le=1_000_000_000)]
 Text = Annotated[str, Field(min_length=1, max_length=300)]
 Pem = Annotated[str, Field(min_length=1, max_length=4096)]
 Base64 = Annotated[str, Field(max_length=8 * 1024 * 1024)]
+LongBase64 = Annotated[str, Field(max_length=48 * 1024 * 1024)]
+FileRef = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}/[a-z0-9-]{1,40}/[a-z]{1,20}$")]
 OneTimeKey = Annotated[str, Field(max_length=64)]  # base64 of an X25519 key
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 CodeDigest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
@@ -95,6 +99,10 @@ class KeyRotation(Body):
     compromised: bool = False
 
 
+class WrappingKey(Body):
+    name: Annotated[str, Field(min_length=1, max_length=128)]
+
+
 class ElevatedAccess(Body):
     role: Name
     seconds: int = Field(ge=1, le=1_000_000)
@@ -126,9 +134,42 @@ class Envelope(Body):
     signatures: Annotated[list[Signature], Field(min_length=1, max_length=8)]
 
 
-class SealedDataset(Body):
-    envelope: Envelope
-    sealed_keys: Base64
+class SignedManifest(Envelope):
+    """DSSE v1.0.2, of a manifest of up to 100,000 files."""
+
+    payload: LongBase64
+
+
+class Ending(Body):
+    ends: Annotated[list[FileRef], Field(max_length=MAX_FILE_REFS)] = []
+    reason: Reason | None = None
+
+
+class EndingAt(Ending):
+    """`version` is the coming one, as `/openings` gave it."""
+
+    version: Version
+
+
+class SealedDataset(Ending):
+    envelope: SignedManifest
+    sealed_keys: LongBase64
+
+
+class Sealing(Body):
+    public_key: OneTimeKey
+    kind: Literal["seal", "append"]
+    region: Name
+
+
+class Opening(Body):
+    public_key: OneTimeKey
+    purpose: Literal["erase", "rectify"]
+    files: Annotated[list[FileRef], Field(min_length=1, max_length=MAX_FILE_REFS)] | None = None
+
+
+class Expiry(Body):
+    early: bool = False
 
 
 class Budget(Body):

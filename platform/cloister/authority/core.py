@@ -13,6 +13,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -21,19 +22,22 @@ from sqlalchemy import Connection
 
 from cloister.audit.event import ActorKind, Event, Outcome, utc_text
 from cloister.authority.journal import Head, Journal
+from cloister.authority.key_use import KeyUse
 from cloister.authority.pseudonyms import pseudonym_of, source_of
 from cloister.authority.rules import Rules
 from cloister.errors import (
     ApprovalMissingError,
     AuthenticationError,
+    CloisterError,
     IntegrityError,
+    KeyServiceError,
     PermissionDeniedError,
     UnavailableError,
 )
 from cloister.policy import Request
 from cloister.policy.decide import Kind
 from cloister.stores.database import Database
-from cloister.stores.keys import KeyService
+from cloister.stores.keys import KeyService, KeyState, Secrets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,8 +77,10 @@ class Resource:
 # What a lent role is no good for: it would outlive itself, or lend itself again.
 LASTING = frozenset({
     "identity:register", "identity:change", "identity:shred", "node:register", "policy:propose", "token-key:rotate",
-    "approval:vote",
+    "key:rotate", "approval:vote",
 })  # fmt: skip
+# What an older state would undo, so that it is known for an old one from then on, as when keys leave.
+ANCHORED = frozenset({"identity:revoke", "identity:change", "identity:shred", "token-key:rotate"})
 PLATFORM = Resource(type="Platform", name="platform")
 ITSELF = Caller(name="authority", roles=frozenset(), kind="authority")
 
@@ -86,7 +92,8 @@ class Core:
         self, *, database: Database, keys: KeyService, journal: Journal, clock: Callable[[], float] = time.time
     ) -> None:
         self.database = database
-        self.keys = keys
+        self.keys: Secrets = keys  # named keys are used through `Action.keys` only
+        self._service = keys
         self.journal = journal
         self.rules = Rules()
         self.clock = clock
@@ -100,7 +107,7 @@ class Core:
         A block that ends without `allow` is a bug and commits nothing. A refusal or a failure undoes the effect
         and is recorded by itself. Only a missing approval commits, as a refusal: with the request for it.
         """
-        act = Action(self, caller, action, dict(details))
+        act = Action(self, caller, action, dict(details), self._service)
         missing: ApprovalMissingError | None = None
         try:
             with self.database.transaction() as connection:
@@ -116,26 +123,25 @@ class Core:
             raise
         if missing:
             raise missing
+        if action in ANCHORED:
+            with contextlib.suppress(CloisterError):  # it is done, and must not be told as if it were not
+                self.anchor(act)
 
-    @contextlib.contextmanager
-    def reading(self, caller: Caller, action: str) -> Iterator[Action]:
+    def reading(self, caller: Caller, action: str) -> AbstractContextManager[Action]:
         """Like `action`, for showing facts that are no secret: takes no lock, and only a refusal is recorded."""
-        act = Action(self, caller, action, {})
-        try:
-            with self.database.reading() as connection:
-                act.connection = connection
-                yield act
-                act.require_allowed()
-        except PermissionDeniedError as error:
-            self._record_end(act, error)
-            raise
+        return self._of_no_consequence(caller, action, self.database.reading)
+
+    def unlogged(self, caller: Caller, action: str) -> AbstractContextManager[Action]:
+        """Like `reading`, for progress reports, which are written and are no secret."""
+        return self._of_no_consequence(caller, action, self.database.transaction)
 
     @contextlib.contextmanager
-    def unlogged(self, caller: Caller, action: str) -> Iterator[Action]:
-        """Like `reading`, for progress reports, which are written and are no secret."""
+    def _of_no_consequence(
+        self, caller: Caller, action: str, begin: Callable[[], AbstractContextManager[Connection]]
+    ) -> Iterator[Action]:
         act = Action(self, caller, action, {})
         try:
-            with self.database.transaction() as connection:
+            with begin() as connection:
                 act.connection = connection
                 yield act
                 act.require_allowed()
@@ -161,6 +167,18 @@ class Core:
             raise
         self._record(act, "success")
 
+    @contextlib.contextmanager
+    def of_itself(self, action: str, **details: Any) -> Iterator[Action]:
+        """Like `action`, for what the authority does by itself: no policy is asked. A block that sets no `resource` has
+        changed nothing, and leaves no entry."""
+        act = Action(self, ITSELF, action, dict(details), self._service)
+        act.rule = "itself"
+        with self.database.transaction() as connection:
+            act.connection = connection
+            yield act
+            if act.resource is not None:
+                act.head = self.journal.append(connection, [act.event("success")])
+
     def record(
         self, caller: Caller, action: str, resource: Resource, outcome: Outcome, rule: str, **details: Any
     ) -> None:
@@ -178,7 +196,7 @@ class Core:
         self.journal.append(connection, [act.event(outcome)])
 
     def _record_end(self, act: Action, error: Exception) -> None:
-        if isinstance(error, UnavailableError):
+        if isinstance(error, UnavailableError) and not isinstance(error, KeyServiceError):
             return  # nothing happened, and it cannot be written down either: the database is what failed
         denied = isinstance(error, PermissionDeniedError | AuthenticationError)
         self._record(act, "denied" if denied else "failure", reason=type(error).__name__)
@@ -193,11 +211,15 @@ class Core:
 
         Callers that wait for one another share one write.
         """
+        if act.head is not None:
+            self.anchor_at(act.head.size, act.head.root)
+
+    def anchor_at(self, size: int, root: bytes) -> None:
+        """As `anchor`, of the log as it was with `size` entries: for what witnesses have seen."""
         with self._anchoring:
-            if act.head is None or self._anchored >= act.head.size:
-                return
-            self.keys.remember(act.head.size, act.head.root.hex())
-            self._anchored = act.head.size
+            if self._anchored < size:
+                self.keys.remember(size, root.hex())
+                self._anchored = size
 
     def require_anchored(self) -> None:
         """Refuse a database that is older than what the key service remembers: its ledger would be too.
@@ -214,9 +236,17 @@ class Core:
             same = head.size >= size and self.journal.root_at(connection, size).hex() == root
         if not same:
             raise IntegrityError(
-                "the state is not the one that keys were last given out under: an old backup, or another log",
-                "restore the newest state; budgets spent since the backup would be forgotten",
+                "the state is older than what keys were last given out under and witnesses cosigned, or another one",
+                "restore the newest backup; if it is lost: cloister restore --accept-rollback",
             )
+
+    def key_states(self) -> list[KeyState]:
+        """Every named key: names, versions and times, no secret."""
+        return self._service.states()
+
+    def destroy_versions(self, name: str, below: int) -> None:
+        """For `Custody.finish`: destroy the versions of a key that a committed action has put down for it."""
+        self._service.destroy_below(name, below)
 
     def now_text(self) -> str:
         return utc_text(datetime.fromtimestamp(self.clock(), UTC))
@@ -227,8 +257,11 @@ class Action:
 
     connection: Connection
 
-    def __init__(self, core: Core, caller: Caller, action: str, details: dict[str, Any]) -> None:
+    def __init__(
+        self, core: Core, caller: Caller, action: str, details: dict[str, Any], service: KeyService | None = None
+    ) -> None:
         self._core = core
+        self._keys = KeyUse(service, details) if service else None
         self.caller = caller
         self.action = action
         self.resource: Resource | None = None
@@ -249,6 +282,17 @@ class Action:
         policy = self._core.rules.current(self.connection)
         decision = policy.require(self.request(self.caller, action or self.action, resource))
         self.rule = ",".join(decision.rules)
+
+    @property
+    def keys(self) -> KeyUse:
+        """Named keys. What is done with them is counted in the entry of this action.
+
+        Raises:
+            PermissionDeniedError: this action leaves no entry, so that is a fault.
+        """
+        if self._keys is None:
+            raise PermissionDeniedError(f"{self.action} leaves no entry", "report this: it is a fault in Cloister")
+        return self._keys
 
     def permits(self, resource: Resource) -> bool:
         """Whether the caller may do this to one of many: for leaving out of a list what they may not see."""

@@ -1,148 +1,59 @@
-"""Sealed datasets and their privacy budgets.
+"""Sealed datasets as they are on record: their versions, where each came from, and their privacy budgets.
 
-Guarantees: a version is registered whole (manifest, owner's signature, every wrapped key) or not at all; data keys
-arrive HPKE-sealed and rest wrapped, each bound to dataset, version and file; a budget is never lowered below what
-is spent.
+Guarantees: a budget is never lowered below what is spent; a version that has ended is known as such to whoever looks.
+How versions come about is in `registration`, how they end in `lifecycle`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, insert, select, update
 
 from cloister.authority import resources
 from cloister.authority.approvals import Approvals
-from cloister.authority.core import Action, Caller, Core, Resource
-from cloister.authority.identity import signing_key
-from cloister.authority.ledger import budget_state, charged_so_far
-from cloister.canonical import canonical_json, unb64
-from cloister.datasets.manifest import MANIFEST_PREDICATE, DatasetManifest, SealedFile
-from cloister.datasets.schema import CLASSES, DatasetSchema
-from cloister.errors import BudgetError, ConflictError, InputError, IntegrityError, NotFoundError
-from cloister.sealing import purposes
-from cloister.sealing.envelope import KEY_BYTES
-from cloister.sealing.lease import ReceivingKey
-from cloister.signing import dsse
-from cloister.signing.keys import ed25519_public_from_pem, key_id
-from cloister.stores.blobs import check_path
-from cloister.stores.tables import budgets, data_keys, datasets, runs
+from cloister.authority.core import Action, Caller, Core
+from cloister.authority.ledger import budget_state, charged_so_far, has_budget
+from cloister.errors import BudgetError, ConflictError, InputError, NotFoundError
+from cloister.stores.blobs import Stores
+from cloister.stores.tables import budgets, data_keys, datasets, models, runs
+
+BATCH = 5_000  # databases take about 32,000 parameters in one statement
+_SHORT = [column for column in datasets.c if column.name not in ("manifest", "envelope", "owner_key")]
 
 
 class Datasets:
     """Registered dataset versions."""
 
-    def __init__(self, core: Core, approvals: Approvals, receiving_key: ReceivingKey, blobs_url: str) -> None:
+    def __init__(self, core: Core, approvals: Approvals, stores: Stores) -> None:
         self._core = core
         self._approvals = approvals
-        self._receiving_key = receiving_key
-        self.blobs_url = blobs_url
-
-    def next_version(self, caller: Caller, name: str) -> int:
-        """The version that the next seal of `name` gets, if the caller may seal it."""
-        with self._core.reading(caller, "dataset:seal") as act:
-            last = latest(act.connection, name)
-            act.allow(_coming(act.connection, name, last, caller))
-        return last.version + 1 if last else 1
-
-    def register(self, caller: Caller, envelope: dict[str, Any], sealed_keys: bytes) -> dict[str, Any]:
-        """Take a sealed version into custody.
-
-        1. the owner's signature over the manifest (DSSE, their registered key); 2. the schema, which the files follow;
-        3. policy and version number; 4. the data keys: opened, complete, wrapped; 5. all of it in one transaction
-        with its entry.
-
-        Raises:
-            IntegrityError: signature, files or keys do not fit the manifest.
-            ConflictError: that version exists.
-        """
-        with self._core.action(caller, "dataset:seal") as act:
-            # No work for somebody who may not seal anything.
-            act.allow(resources.new_dataset("any", caller.name))
-            public = signing_key(act.connection, caller.name)
-            verified = dsse.verify(  # 1
-                envelope, {key_id(public): ed25519_public_from_pem(public)}, predicate_type=MANIFEST_PREDICATE,
-                subject_digest=None,
-            )  # fmt: skip
-            manifest = DatasetManifest.parse(verified.predicate)
-            _check_files(manifest)  # 2
-            if verified.statement["subject"][0]["digest"]["sha256"] != manifest.digest.removeprefix("sha256:"):
-                raise IntegrityError("the signed digest is not that of the manifest", "seal the data again")
-            act.details.update(digest=manifest.digest, files=len(manifest.files), rows=manifest.rows("train"))
-            last = latest(act.connection, manifest.name)  # 3
-            act.allow(_coming(act.connection, f"{manifest.name}@{manifest.version}", last, caller))
-            expected = last.version + 1 if last else 1
-            if manifest.version != expected:
-                raise ConflictError(
-                    f"{manifest.name}@{manifest.version} cannot be registered: the next version is {expected}",
-                    "seal again",
-                )
-            keys = self._open_keys(manifest, sealed_keys)  # 4
-            act.connection.execute(  # 5
-                insert(datasets).values(
-                    name=manifest.name,
-                    version=manifest.version,
-                    owner=caller.name,
-                    owner_key=public.decode(),
-                    manifest=manifest.model_dump(mode="json"),
-                    manifest_digest=manifest.digest,
-                    envelope=envelope,
-                    created=self._core.clock(),
-                )
-            )
-            act.connection.execute(
-                insert(data_keys),
-                [
-                    {
-                        "name": manifest.name,
-                        "version": manifest.version,
-                        "file": file.key_name,
-                        "wrapped": self._core.keys.wrap(keys[file.key_name], key_context(manifest, file.key_name)),
-                    }
-                    for file in manifest.files
-                ],
-            )
-        return {"dataset": f"{manifest.name}@{manifest.version}", "digest": manifest.digest}
-
-    def _open_keys(self, manifest: DatasetManifest, sealed_keys: bytes) -> dict[str, bytes]:
-        opened = self._receiving_key.open(sealed_keys, purposes.data_keys(manifest.digest))
-        listed = dsse.strict_json(opened)
-        if not isinstance(listed, dict) or listed.keys() != {file.key_name for file in manifest.files}:
-            raise IntegrityError("the data keys are not those of the manifest's files", "seal the data again")
-        keys = {name: unb64(value) for name, value in listed.items()}
-        if any(len(key) != KEY_BYTES for key in keys.values()) or len(set(keys.values())) != len(keys):
-            raise IntegrityError("each file needs its own 256-bit data key", "seal the data again")
-        return keys
+        self._stores = stores
 
     def show(self, caller: Caller, name: str, version: int) -> dict[str, Any]:
-        """Manifest, owner and budget of one version."""
+        """Manifest, owner, state and budget of one version, and the lineage of the whole dataset."""
         with self._core.reading(caller, "dataset:read") as act:
             row = load(act.connection, name, version)
             act.allow(resources.dataset(act.connection, row))
-            return {
-                "dataset": f"{name}@{version}",
-                "owner": row.owner,
+            return _public(row) | {
                 "digest": row.manifest_digest,
                 "manifest": row.manifest,
                 "envelope": row.envelope,
                 "owner_key": row.owner_key,
+                "blobs": self._stores.for_region(row.schema["region"]).url,
                 "budget": budget_state(act.connection, name),
+                "lineage": _lineage(act.connection, name),
             }
 
     def list(self, caller: Caller) -> list[dict[str, Any]]:
         """Every version that the caller may see."""
         with self._core.reading(caller, "dataset:read") as act:
-            rows = act.connection.execute(select(datasets).order_by(datasets.c.name, datasets.c.version)).all()
+            rows = act.connection.execute(select(*_SHORT).order_by(datasets.c.name, datasets.c.version)).all()
             act.allow(resources.new_dataset("any", caller.name))
             return [
-                {
-                    "dataset": f"{row.name}@{row.version}",
-                    "owner": row.owner,
-                    "rows": DatasetManifest.parse(row.manifest).rows("train")
-                    + DatasetManifest.parse(row.manifest).rows("holdout"),
-                    "files": len(row.manifest["files"]),
-                    "budget": budget_state(act.connection, row.name),
-                }
+                _public(row) | {"budget": budget_state(act.connection, row.name)}
                 for row in rows
                 if act.permits(resources.dataset(act.connection, row))
             ]
@@ -170,7 +81,8 @@ class Datasets:
                     "a budget cannot be below what is spent",
                 )
             before = budget_state(act.connection, name)
-            if before["epsilon"] and (epsilon > before["epsilon"] or delta > before["delta"]):
+            # A budget of nothing is one too: what a rollback left of it.
+            if has_budget(act.connection, name) and (epsilon > before["epsilon"] or delta > before["delta"]):
                 self._approve_raise(act, last, before, epsilon, delta)
             changed = act.connection.execute(
                 update(budgets).where(budgets.c.dataset == name).values(epsilon=epsilon, delta=delta)
@@ -188,28 +100,6 @@ class Datasets:
         next_step = f"set it again: cloister budget set {row.name}"
         self._approvals.demand(act, "budget", f"budget of {row.name}", details, owner=row.owner, next_step=next_step)
 
-    def destroy_keys(self, caller: Caller, name: str, version: int) -> dict[str, Any]:
-        """Destroy a version's data keys, for good: every copy and backup of its files is noise from then on.
-
-        Raises:
-            ApprovalMissingError: not enough others agreed; names the request.
-            ConflictError: they are destroyed already.
-        """
-        with self._core.action(caller, "key:destroy") as act:
-            row = load(act.connection, name, version)
-            act.allow(resources.dataset(act.connection, row))
-            mine = (data_keys.c.name == name) & (data_keys.c.version == version)
-            if act.connection.execute(select(data_keys.c.file).where(mine).limit(1)).first() is None:
-                raise ConflictError(f"the keys of {name}@{version} are destroyed already", "nothing to do")
-            details = {"dataset": f"{name}@{version}", "manifest": row.manifest_digest}
-            self._approvals.demand(
-                act, "key-destruction", f"keys of {name}@{version}", details, owner=row.owner,
-                next_step=f"destroy them: cloister key destroy {name}@{version}",
-            )  # fmt: skip
-            act.details["keys"] = act.connection.execute(delete(data_keys).where(mine)).rowcount
-        self._core.database.scrub()
-        return {"dataset": f"{name}@{version}", "keys_destroyed": act.details["keys"]}
-
     def budget(self, caller: Caller, name: str) -> dict[str, Any]:
         """The budget, what is left of it, and who spent it."""
         with self._core.reading(caller, "dataset:read") as act:
@@ -225,49 +115,36 @@ class Datasets:
             return budget_state(act.connection, name) | {"history": history}
 
 
-def _check_files(manifest: DatasetManifest) -> None:
-    """Each shard has one file for each class of the schema, with exactly that class's columns and the same rows.
-
-    What a lease grants is decided by a file's class, and what a plan costs by the number of rows.
-
-    Raises:
-        InputError: the manifest contradicts its schema or itself.
-    """
-    schema = DatasetSchema.from_mapping(manifest.dataset_schema)
-    if schema.name != manifest.name:
-        raise InputError("manifest and schema name different datasets", "seal the data again")
-    wanted = {cls: tuple(column.name for column in schema.columns_of_class(cls)) for cls in CLASSES}
-    classes = {cls for cls, columns in wanted.items() if columns}
-    shards: dict[str, list[SealedFile]] = {}
-    for file in manifest.files:
-        check_path(file.path, below=f"datasets/{manifest.name}/")
-        if file.columns != wanted[file.sensitivity]:
-            raise InputError("a file's columns are not those of its class", "seal the data again")
-        shards.setdefault(file.shard, []).append(file)
-    for files in shards.values():
-        same = len({(file.role, file.rows) for file in files}) == 1
-        if not same or {file.sensitivity for file in files} != classes:
-            raise InputError("the files of a shard do not fit together", "seal the data again")
-    if not manifest.rows("train"):
-        raise InputError("there is no row to train on", "seal the data again")
+def keys_of(connection: Connection, name: str, refs: Iterable[str]) -> list[Any]:
+    """The rows of the data keys that are still there, of the files `refs` (`SealedFile.ref`)."""
+    found: list[Any] = []
+    for sealed_in, files in files_by_version(refs).items():
+        mine = (data_keys.c.name == name) & (data_keys.c.version == sealed_in)
+        for start in range(0, len(files), BATCH):
+            some = data_keys.c.file.in_(files[start : start + BATCH])
+            found += connection.execute(select(data_keys).where(mine, some)).all()
+    return found
 
 
-def _coming(connection: Connection, name: str, last: Any, caller: Caller) -> Resource:
-    """The next version of what is `last` now: its owner's, or the caller's if there is none yet."""
-    return resources.dataset(connection, last) if last else resources.new_dataset(name, caller.name)
-
-
-def key_context(manifest: DatasetManifest, file: str) -> bytes:
-    """What a wrapped data key is bound to."""
-    return canonical_json(
-        {"use": "cloister.dev/data-key/v1", "dataset": manifest.name, "version": manifest.version, "file": file}
-    )
+def files_by_version(refs: Iterable[str]) -> dict[int, list[str]]:
+    """The names of data keys (`shard/part`) by the version that the files were sealed in."""
+    files: dict[int, list[str]] = {}
+    for ref in refs:
+        version, _, file = ref.partition("/")
+        files.setdefault(int(version), []).append(file)
+    return files
 
 
 def latest(connection: Connection, name: str) -> Any:
-    """The newest version's row, or None."""
-    query = select(datasets).where(datasets.c.name == name).order_by(datasets.c.version.desc()).limit(1)
+    """The newest version's row, or None; without the long parts: manifest, envelope and key."""
+    query = select(*_SHORT).where(datasets.c.name == name).order_by(datasets.c.version.desc()).limit(1)
     return connection.execute(query).one_or_none()
+
+
+def live_versions(connection: Connection, name: str) -> list[Any]:
+    """The rows of the versions that have not ended, oldest first."""
+    mine = (datasets.c.name == name) & datasets.c.ended.is_(None)
+    return list(connection.execute(select(datasets).where(mine).order_by(datasets.c.version)).all())
 
 
 def load(connection: Connection, name: str, version: int) -> Any:
@@ -282,3 +159,75 @@ def load(connection: Connection, name: str, version: int) -> Any:
     if row is None:
         raise NotFoundError(f"there is no dataset {name}@{version}", "list them: cloister data list")
     return row
+
+
+def brief(connection: Connection, name: str, version: int) -> Any:
+    """One version's row, which is there, without the long parts: manifest, envelope and key."""
+    mine = (datasets.c.name == name) & (datasets.c.version == version)
+    return connection.execute(select(*_SHORT).where(mine)).one()
+
+
+def require_live(connection: Connection, row: Any) -> None:
+    """Refuse a version that has ended.
+
+    Raises:
+        ConflictError: it has; names the version in its place, and the certificate.
+    """
+    if row.ended is None:
+        return
+    query = select(datasets.c.version).where(datasets.c.name == row.name, datasets.c.ended.is_(None))
+    newer = connection.execute(query.order_by(datasets.c.version.desc()).limit(1)).scalar_one_or_none()
+    instead = f"; {row.name}@{newer} is live" if newer else ""
+    why = f"what is gone, and why: cloister data certificate {row.erasure}"
+    if row.erasure is None:  # the state was restored from a backup that does not know of it
+        why = "its keys were destroyed after the backup that the state was restored from"
+    raise ConflictError(f"{row.name}@{row.version} ended on {day(row.ended)}{instead}", why)
+
+
+def day(time_s: float) -> str:
+    """The UTC day of a Unix time, as ISO 8601."""
+    return datetime.fromtimestamp(time_s, UTC).date().isoformat()
+
+
+def _public(row: Any) -> dict[str, Any]:
+    return {
+        "dataset": f"{row.name}@{row.version}",
+        "owner": row.owner,
+        "kind": row.kind,
+        "rows": row.rows,
+        "files": row.files,
+        "state": "live" if row.ended is None else "ended",
+        "ended": row.ended,
+        "erasure": row.erasure,
+        "due": row.due,
+        "created": row.created,
+    }
+
+
+def _lineage(connection: Connection, name: str) -> list[dict[str, Any]]:
+    """Every version of a dataset, oldest first: what it was made from, and what came of it."""
+    c = datasets.c
+    versions = connection.execute(
+        select(c.version, c.kind, c.parents, c.rows, c.created, c.due, c.ended, c.erasure)
+        .where(c.name == name).order_by(c.version)
+    ).all()  # fmt: skip
+    trained = connection.execute(
+        select(runs.c.version, runs.c.id, runs.c.state, models.c.name, models.c.version.label("model"), models.c.stage,
+               models.c.flags)
+        .outerjoin(models, models.c.run == runs.c.id).where(runs.c.dataset == name).order_by(runs.c.created)
+    ).all()  # fmt: skip
+    return [
+        {
+            "dataset": f"{name}@{row.version}", "kind": row.kind, "parents": row.parents, "rows": row.rows,
+            "created": row.created, "due": row.due, "state": "live" if row.ended is None else "ended",
+            "ended": row.ended, "erasure": row.erasure,
+            "runs": [
+                {
+                    "run": run.id, "state": run.state, "model": f"{run.name}@{run.model}" if run.name else None,
+                    "stage": run.stage, "flags": run.flags or [],
+                }
+                for run in trained if run.version == row.version
+            ],
+        }
+        for row in versions
+    ]  # fmt: skip

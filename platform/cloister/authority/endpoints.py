@@ -29,15 +29,12 @@ LONGEST_WINDOW_S = 86_400
 class Endpoints:
     """Deployed endpoints. `ca_key` and `ca_certificate` issue their TLS certificates."""
 
-    def __init__(
-        self, core: Core, sessions: Sessions, models: Models, ca_key: bytes, ca_certificate: bytes, blobs_url: str
-    ) -> None:
+    def __init__(self, core: Core, sessions: Sessions, models: Models, ca_key: bytes, ca_certificate: bytes) -> None:
         self._core = core
         self._sessions = sessions
         self._models = models
         self._ca_key = ca_key
         self._ca_certificate = ca_certificate
-        self._blobs_url = blobs_url
 
     def deploy(
         self, caller: Caller, name: str, public_key: str, csr: bytes, quota_requests: int, quota_window_s: int
@@ -97,10 +94,10 @@ class Endpoints:
             if model.stage != PRODUCTION:
                 raise ConflictError(f"{row.model}@{row.version} is {model.stage}", "deploy the production version")
             act.details.update(model=f"{row.model}@{row.version}", root=model.root_digest)
-            evidence = self._models.evidence(model)
-            sealed = self._models.sealed_key(model, public_key, purposes.model_lease(endpoint))
+            evidence = self._models.evidence(act.connection, model)
+            sealed = self._models.sealed_key(act, model, public_key, purposes.model_lease(endpoint))
         self._core.anchor(act)
-        return evidence | {"sealed": sealed, "blobs": self._blobs_url, "model": f"{row.model}@{row.version}"}
+        return evidence | {"sealed": sealed, "model": f"{row.model}@{row.version}"}
 
     def changes(self, caller: Caller, endpoint: str, after: int, policy_version: int) -> dict[str, Any]:
         """What a replica must know at once: dead tokens since `after`, token keys, the site's policies if they changed.

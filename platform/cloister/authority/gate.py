@@ -7,6 +7,7 @@ a value, neither in the answer nor in the process's log.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -17,8 +18,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from cloister.authority import uploads
+from cloister.authority.bodies import MAX_FILE_REFS
 from cloister.authority.nodes import Peer
 from cloister.authority.service import Authority
+from cloister.authority.uploads import LIMITED
 from cloister.errors import CloisterError, InputError, QuotaExceededError
 from cloister.policy.decide import MAX_SITE_CHARACTERS
 from cloister.process import describe
@@ -45,6 +49,7 @@ class Gate:
     def __init__(self, app: Any, authority: Authority) -> None:
         self._app = app
         self._sessions = authority.sessions
+        self._uploads = authority.uploads
 
     async def __call__(
         self, scope: Any, receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Awaitable[None]]
@@ -74,7 +79,8 @@ class Gate:
                 refused = InputError("the request body is too large or of unknown length", "send less, with its length")
                 answer = JSONResponse(refused.to_dict(), status_code=413)
             else:
-                await self._app(scope, _bounded(receive, request), watched)
+                with self._turn(request):
+                    await self._app(scope, _bounded(receive, request), watched)
         except CloisterError as error:
             answer = _error_response(error)
         except Exception as error:  # noqa: BLE001  (only the type: the text of a foreign exception may hold anything)
@@ -82,6 +88,12 @@ class Gate:
             answer = JSONResponse(describe(error), status_code=500)
         if answer is not None and not started:
             await answer(scope, receive, send)
+
+    def _turn(self, request: Request) -> contextlib.AbstractContextManager[None]:
+        """Held by what a caller may do only so often, and once at a time."""
+        if request.method != "POST" or not LIMITED.fullmatch(request.url.path):
+            return contextlib.nullcontext()
+        return self._uploads.turn(request.state.caller.name)
 
 
 def peer_of(request: Request) -> Peer | None:
@@ -103,6 +115,8 @@ def _too_large(request: Request) -> bool:
     if request.method in ("GET", "HEAD"):
         return False
     limit = MAX_PUBLIC_BODY_BYTES if request.url.path in PUBLIC else MAX_BODY_BYTES
+    if LIMITED.fullmatch(request.url.path):
+        limit = uploads.MAX_BODY_BYTES
     return "transfer-encoding" in request.headers or not 0 <= _length(request) <= limit
 
 
@@ -110,6 +124,8 @@ def _bounded(receive: Callable[[], Awaitable[Any]], request: Request) -> Callabl
     """A body as it comes, until it is longer than it said, or has so many commas that it has too many values."""
     length = _length(request)
     commas = MAX_COMMAS + (MAX_SITE_CHARACTERS if request.url.path == "/v1/policy" else 0)
+    if LIMITED.fullmatch(request.url.path):
+        commas += MAX_FILE_REFS
 
     async def bounded() -> Any:
         nonlocal length, commas

@@ -18,6 +18,11 @@ def charged_so_far(connection: Connection, name: str) -> tuple[float, float]:
     return float(epsilon), float(delta)
 
 
+def has_budget(connection: Connection, name: str) -> bool:
+    """Whether one was ever set, be it of nothing."""
+    return connection.execute(select(budgets.c.dataset).where(budgets.c.dataset == name)).first() is not None
+
+
 def budget_state(connection: Connection, name: str) -> dict[str, Any]:
     """Total, charged and left; all zero for a dataset without a budget, which therefore cannot be trained on."""
     row = connection.execute(select(budgets).where(budgets.c.dataset == name)).one_or_none()

@@ -113,6 +113,7 @@ class Listener(uvicorn.Server):
         await super().shutdown(sockets)
         # Here and not after `run`, which ends with the signal that it was stopped by.
         self._authority.witnessing.stop()
+        self._authority.retention.stop()
         self._authority.note("authority:stop")
         self._authority.close()
 

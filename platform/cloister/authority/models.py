@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from sqlalchemy import Connection, func, insert, select, update
 
 from cloister.authority import resources
 from cloister.authority.approvals import Approvals
 from cloister.authority.core import Action, Caller, Core
 from cloister.authority.data import load as load_dataset
-from cloister.authority.runs import evaluation_epsilon, model_key_context, settle
+from cloister.authority.key_use import MODELS, RELEASE, model_key_context
+from cloister.authority.runs import evaluation_epsilon, settle
 from cloister.authority.runs import load as load_run
 from cloister.canonical import b64, canonical_json, sha256_hex
 from cloister.datasets.manifest import DatasetManifest
@@ -33,21 +33,18 @@ from cloister.privacy.spec import TrainingSpec
 from cloister.sealing import purposes
 from cloister.sealing.lease import seal_to
 from cloister.signing import dsse, oms
-from cloister.stores.blobs import FolderBlobs, check_path
+from cloister.stores.blobs import Blobs, Stores, check_path
 from cloister.stores.tables import identities, models, runs
 
 
 class Models:
-    """Registered models. `release_key` signs bundles, provenance and the list of approvers."""
+    """Registered models. The key `RELEASE` signs bundles, provenance and the list of approvers."""
 
-    def __init__(
-        self, core: Core, approvals: Approvals, release_key: EllipticCurvePrivateKey, blobs: FolderBlobs
-    ) -> None:
+    def __init__(self, core: Core, approvals: Approvals, stores: Stores) -> None:
         self._core = core
         self._approvals = approvals
         approvals.on_refused["promotion"] = _refuse
-        self._blobs = blobs
-        self._release_key = release_key
+        self._stores = stores
 
     def register(
         self, caller: Caller, run: str, manifest_bytes: bytes, model_sha256: str, blob: str, blob_sha256: str,
@@ -66,7 +63,7 @@ class Models:
             asked.allow(resources.run(row))
         check_path(blob, below=f"models/{run}/")
         # Before the transaction: however large the file is, it must not hold the database's lock.
-        stored = sha256_hex(self._blobs.get(blob)) if _is_trained(row) else ""
+        stored = sha256_hex(_store(self._stores, row).get(blob)) if _is_trained(row) else ""
         with self._core.action(caller, "run:work", step="register") as act:
             row = load_run(act.connection, run)
             act.allow(resources.run(row))
@@ -81,15 +78,16 @@ class Models:
             name = manifest.name
             version = self._next_version(act.connection, name)
             files = {MODEL_FILE: model_sha256, MANIFEST_FILE: sha256_hex(manifest_bytes)}
-            bundle = oms.sign_model(name, files, self._release_key)
-            root = oms.verify_model(bundle, files, self._release_key.public_key())
+            release_key = act.keys.signer(RELEASE)
+            bundle = oms.sign_model(name, files, release_key)
+            root = oms.verify_model(bundle, files, release_key.public_key())
             epsilon, delta = settle(row.plan, row.steps_committed)
             metrics = {
                 "holdout_accuracy": holdout_accuracy,
                 "holdout_rows": self._holdout_rows(act.connection, row),
                 "evaluation_epsilon": evaluation_epsilon(row.plan),
             }
-            provenance = self._provenance(act.connection, row, name, root, epsilon, metrics)
+            provenance = _provenance(act, row, name, root, epsilon, metrics)
             act.details.update(model=f"{name}@{version}", root=root, epsilon_charged=epsilon)
             act.connection.execute(
                 insert(models).values(
@@ -107,6 +105,7 @@ class Models:
                     model_key=row.model_key,
                     seal_context=model_seal_context(run),
                     metrics=metrics,
+                    flags=row.flags,
                     created=self._core.clock(),
                 )
             )
@@ -119,22 +118,6 @@ class Models:
                 )
             )  # fmt: skip
         return {"model": f"{name}@{version}", "root_digest": root}
-
-    def _provenance(
-        self, connection: Connection, run: Any, name: str, root: str, epsilon: float, metrics: dict[str, float]
-    ) -> dict[str, Any]:
-        dataset = load_dataset(connection, run.dataset, run.version)
-        predicate = {
-            "run": run.id,
-            "author": run.author,
-            "dataset": {"name": f"{run.dataset}@{run.version}", "digest": dataset.manifest_digest},
-            "spec": run.spec,
-            "code_digest": run.code_digest,
-            "privacy": {"epsilon": epsilon, "delta": run.plan["delta"], "plan": run.plan},
-            "metrics": metrics,
-            "assurance": "L0",
-        }
-        return dsse.sign(dsse.statement(name, root, PROVENANCE_PREDICATE, predicate), self._release_key)
 
     def _holdout_rows(self, connection: Connection, run: Any) -> int:
         return DatasetManifest.parse(load_dataset(connection, run.dataset, run.version).manifest).rows("holdout")
@@ -160,6 +143,8 @@ class Models:
                 "stage": PRODUCTION,
                 "provenance": provenance_digest(row.provenance),
             }
+            if row.flags:  # erasures of what it learned from: who approves it has to see them
+                details["flags"] = row.flags
             _, good = self._approvals.demand(
                 act, "promotion", f"{name}@{version}", details, author=row.author, digest=row.root_digest,
                 next_step=f"promote it again: cloister model promote {name}@{version}",
@@ -168,25 +153,12 @@ class Models:
                 update(models).where(models.c.name == name, models.c.stage == "production").values(stage="superseded")
             )
             release = {
-                "directory": self._directory(act.connection, row, good),
+                "directory": _directory(act, row, good),
                 "approvals": [vote.envelope for vote in good],
             }
             mine = (models.c.name == name) & (models.c.version == version)
             act.connection.execute(update(models).where(mine).values(stage="production", release=release))
         return {"model": f"{name}@{version}", "stage": "production", "approvals": [vote.person for vote in good]}
-
-    def _directory(self, connection: Connection, row: Any, good: list[Any]) -> dict[str, Any]:
-        """Author and approvers with their keys, signed: whom a replica believes."""
-        people = [row.author, *(vote.person for vote in good)]
-        found = {
-            person.name: person
-            for person in connection.execute(select(identities).where(identities.c.name.in_(people)))
-        }
-        predicate = {
-            "author": _person(found[row.author]),
-            "approvers": [_person(found[vote.person]) for vote in good],
-        }
-        return dsse.sign(dsse.statement(row.name, row.root_digest, APPROVERS_PREDICATE, predicate), self._release_key)
 
     def list(self, caller: Caller) -> list[dict[str, Any]]:
         with self._core.reading(caller, "model:read") as act:
@@ -199,7 +171,7 @@ class Models:
         with self._core.reading(caller, "model:read") as act:
             row = load(act.connection, name, version)
             act.allow(resources.model(row))
-            return _public(row) | self.evidence(row)
+            return _public(row) | self.evidence(act.connection, row)
 
     def export(self, caller: Caller, name: str, version: int, public_key: bytes) -> dict[str, Any]:
         """Evidence and sealed key of a production model, for a copy outside Cloister. A disclosure, so on record."""
@@ -207,19 +179,19 @@ class Models:
             row = load(act.connection, name, version)
             act.allow(resources.model(row))
             act.details["root"] = row.root_digest
-            evidence = self.evidence(row) | {
+            evidence = self.evidence(act.connection, row) | {
                 "model": f"{name}@{version}",
-                "sealed": self.sealed_key(row, public_key, purposes.model_export(name, version)),
+                "sealed": self.sealed_key(act, row, public_key, purposes.model_export(name, version)),
             }
         self._core.anchor(act)
         return evidence
 
-    def sealed_key(self, row: Any, public_key: bytes, info: bytes) -> str:
+    def sealed_key(self, act: Action, row: Any, public_key: bytes, info: bytes) -> str:
         """The model's key, sealed to its receiver (HPKE), as base64."""
-        key = self._core.keys.unwrap(row.model_key, model_key_context(row.run))
+        (key,) = act.keys.unwrap(MODELS, [(row.model_key, model_key_context(row.run))])
         return b64(seal_to(public_key, canonical_json({"model_key": b64(key)}), info))
 
-    def evidence(self, row: Any) -> dict[str, Any]:
+    def evidence(self, connection: Connection, row: Any) -> dict[str, Any]:
         """What a replica needs to verify a release by itself, except the model's bytes and key."""
         release = row.release or {"directory": None, "approvals": []}
         return {
@@ -228,10 +200,16 @@ class Models:
             "provenance": row.provenance,
             "directory": release["directory"],
             "approvals": release["approvals"],
+            "blobs": _store(self._stores, load_run(connection, row.run)).url,
             "blob": row.blob,
             "blob_sha256": row.blob_sha256,
             "seal_context": row.seal_context,
         }
+
+
+def _store(stores: Stores, run: Any) -> Blobs:
+    """Where a run's model lies: with the data that it was trained on."""
+    return stores.for_region(run.attributes["region"])
 
 
 def _is_trained(run: Any) -> bool:
@@ -271,6 +249,39 @@ def production(connection: Connection, name: str) -> Any:
     return row
 
 
+def _provenance(
+    act: Action, run: Any, name: str, root: str, epsilon: float, metrics: dict[str, float]
+) -> dict[str, Any]:
+    dataset = load_dataset(act.connection, run.dataset, run.version)
+    predicate = {
+        "run": run.id,
+        "author": run.author,
+        "dataset": {"name": f"{run.dataset}@{run.version}", "digest": dataset.manifest_digest},
+        "spec": run.spec,
+        "code_digest": run.code_digest,
+        "privacy": {"epsilon": epsilon, "delta": run.plan["delta"], "plan": run.plan},
+        "metrics": metrics,
+        "assurance": "L0",
+    }
+    return dsse.sign(dsse.statement(name, root, PROVENANCE_PREDICATE, predicate), act.keys.signer(RELEASE))
+
+
+def _directory(act: Action, row: Any, good: list[Any]) -> dict[str, Any]:
+    """Author and approvers with their keys, signed: whom a replica believes."""
+    people = [row.author, *(vote.person for vote in good)]
+    found = {
+        person.name: person
+        for person in act.connection.execute(select(identities).where(identities.c.name.in_(people)))
+    }
+    predicate = {
+        "author": _person(found[row.author]),
+        "approvers": [_person(found[vote.person]) for vote in good],
+    }
+    return dsse.sign(
+        dsse.statement(row.name, row.root_digest, APPROVERS_PREDICATE, predicate), act.keys.signer(RELEASE)
+    )
+
+
 def _person(row: Any) -> dict[str, Any]:
     return {"person": row.name, "roles": row.roles, "public_key": row.public_key}
 
@@ -283,5 +294,6 @@ def _public(row: Any) -> dict[str, Any]:
         "author": row.author,
         "root_digest": row.root_digest,
         "metrics": row.metrics,
+        "flags": row.flags,
         "created": row.created,
     }

@@ -23,7 +23,7 @@ def highest_class(classes: Iterable[str]) -> str:
 
 def dataset(connection: Connection, row: Any, classes: Iterable[str] | None = None) -> Resource:
     """A version of a dataset; `classes` are those of the columns that are asked for, all of them by default."""
-    schema = row.manifest["dataset_schema"]
+    schema = row.schema
     used = (column["class"] for column in schema["columns"]) if classes is None else classes
     left = budget_state(connection, row.name)["epsilon_left"]
     return Resource(

@@ -10,7 +10,6 @@ worker runs the code whose digest it states, if whoever controls its node lies (
 
 from __future__ import annotations
 
-import contextlib
 import secrets
 import threading
 from functools import lru_cache
@@ -21,13 +20,14 @@ from sqlalchemy import Connection, insert, select, update
 from cloister.authority import resources
 from cloister.authority.approvals import Approvals
 from cloister.authority.core import Action, Caller, Core, Resource
-from cloister.authority.data import key_context
+from cloister.authority.data import brief, keys_of, require_live
 from cloister.authority.data import load as load_dataset
 from cloister.authority.identity import add_identity
+from cloister.authority.key_use import MODELS, dataset_key, key_context, model_key_context
 from cloister.authority.ledger import budget_state
 from cloister.canonical import b64, canonical_json, sha256_hex
 from cloister.datasets.manifest import DatasetManifest, parse_reference
-from cloister.datasets.schema import Column, DatasetSchema
+from cloister.datasets.schema import Column, DatasetSchema, Unit
 from cloister.errors import (
     BudgetError,
     ConflictError,
@@ -42,7 +42,8 @@ from cloister.privacy.spec import TrainingSpec
 from cloister.sealing import purposes
 from cloister.sealing.envelope import new_key
 from cloister.sealing.lease import seal_to
-from cloister.stores.tables import data_keys, datasets, leases, runs
+from cloister.stores.blobs import Stores
+from cloister.stores.tables import datasets, leases, runs
 
 # Accounting takes a core for seconds and up to a gigabyte: one at a time, whoever asks.
 _ACCOUNTING = threading.Lock()
@@ -56,10 +57,10 @@ MAX_STEPS = 50_000  # accounting for this many takes about 20 s of a core, insid
 class Runs:
     """Plans, runs, leases and what they cost."""
 
-    def __init__(self, core: Core, approvals: Approvals, blobs_url: str) -> None:
+    def __init__(self, core: Core, approvals: Approvals, stores: Stores) -> None:
         self._core = core
         self._approvals = approvals
-        self._blobs_url = blobs_url
+        self._stores = stores
         self._manifests: dict[str, DatasetManifest] = {}
 
     def plan(self, caller: Caller, spec_value: dict[str, Any]) -> dict[str, Any]:
@@ -68,7 +69,7 @@ class Runs:
         with self._core.action(caller, "train:plan", epsilon=spec.privacy.epsilon) as act:
             manifest, row = self._manifest(act, spec)
             resource = act.resource
-        plan = _plan(spec, manifest.rows("train"))
+        plan = _plan(spec, manifest)
         with self._core.database.reading() as connection:
             budget = budget_state(connection, manifest.name)
         return {
@@ -80,6 +81,7 @@ class Runs:
             "approvals": self._approvals_needed(resource),
             "owner": row.owner,
             "holdout_rows": manifest.rows("holdout"),
+            "unit": _unit(manifest),
             "columns": [column.name for column in _columns(spec, manifest)[0]],
         }
 
@@ -93,14 +95,14 @@ class Runs:
         spec = TrainingSpec.parse(spec_value)
         with self._core.reading(caller, "train:submit") as act:
             manifest, _ = self._manifest(act, spec)
-        plan = _plan(spec, manifest.rows("train"))  # seconds of arithmetic: outside the transaction
+        plan = _plan(spec, manifest)  # seconds of arithmetic: outside the transaction
         run = "run-" + secrets.token_hex(5)
         with self._core.action(caller, "train:submit", run=run, epsilon=plan.epsilon, code=code_digest[:80]) as act:
             _, dataset = self._manifest(act, spec)
             _require_budget(budget_state(act.connection, manifest.name), plan)
             approval = self._approve(act, spec, plan, dataset, code_digest)
             now = self._core.clock()
-            model_key = self._core.keys.wrap(new_key(), model_key_context(run))
+            (model_key,) = act.keys.wrap(MODELS, [(new_key(), model_key_context(run))])
             act.connection.execute(
                 insert(runs).values(
                     id=run,
@@ -118,6 +120,7 @@ class Runs:
                     epsilon_charged=plan.epsilon,
                     delta_charged=plan.delta,
                     model_key=model_key,
+                    flags=[],
                     created=now,
                 )
             )
@@ -135,7 +138,7 @@ class Runs:
         wanted = spec.to_dict()
         details = {
             "dataset": spec.dataset, "manifest": dataset.manifest_digest, "spec": wanted, "code": code,
-            "epsilon": plan.epsilon, "delta": plan.delta, "purpose": spec.purpose,
+            "epsilon": plan.epsilon, "delta": plan.delta, "rows_per_unit": plan.rows_per_unit, "purpose": spec.purpose,
         }  # fmt: skip
         subject = f"training {spec.model_name} on {spec.dataset}, spec {sha256_hex(canonical_json(wanted))[:8]}"
         approval, _ = self._approvals.demand(
@@ -169,10 +172,11 @@ class Runs:
                     f"rank {rank} of {run} has had its lease", "a lease is given once; submit a new run"
                 )
             dataset, manifest = self._leased(act.connection, row)
-            keys = self._shard_keys(act.connection, manifest, spec, rank)
+            keys = _shard_keys(act, manifest, spec, rank)
             payload: dict[str, Any] = {"keys": {name: b64(key) for name, key in keys.items()}}
             if rank == 0:
-                payload["model_key"] = b64(self._core.keys.unwrap(row.model_key, model_key_context(run)))
+                (model_key,) = act.keys.unwrap(MODELS, [(row.model_key, model_key_context(run))])
+                payload["model_key"] = b64(model_key)
             act.details["files"] = ",".join(sorted(keys))[:512]
             act.connection.execute(insert(leases).values(run=run, rank=rank, created=self._core.clock()))
             act.connection.execute(update(runs).where(runs.c.id == run).values(state="training"))
@@ -184,17 +188,19 @@ class Runs:
             "owner_key": dataset.owner_key,
             "spec": row.spec,
             "plan": row.plan,
-            "blobs": self._blobs_url,
+            "blobs": self._stores.for_region(row.attributes["region"]).url,
             "evaluation_epsilon": evaluation_epsilon(row.plan),
             "seal_context": model_seal_context(run),
         }
 
     def _leased(self, connection: Connection, run: Any) -> tuple[Any, DatasetManifest]:
         """The run's dataset version with its manifest, which is parsed once: it never changes, and may be long."""
-        mine = (datasets.c.name == run.dataset) & (datasets.c.version == run.version)
+        c = datasets.c
+        mine = (c.name == run.dataset) & (c.version == run.version)
         known = connection.execute(
-            select(datasets.c.owner_key, datasets.c.envelope, datasets.c.manifest_digest).where(mine)
+            select(c.name, c.version, c.ended, c.erasure, c.owner_key, c.envelope, c.manifest_digest).where(mine)
         ).one()
+        require_live(connection, known)
         manifest = self._manifests.get(known.manifest_digest)
         if manifest is None:
             manifest = DatasetManifest.parse(load_dataset(connection, run.dataset, run.version).manifest)
@@ -202,22 +208,6 @@ class Runs:
                 self._manifests.clear()
             self._manifests[known.manifest_digest] = manifest
         return known, manifest
-
-    def _shard_keys(
-        self, connection: Connection, manifest: DatasetManifest, spec: TrainingSpec, rank: int
-    ) -> dict[str, bytes]:
-        """Only what this rank trains on: its shards, the classes of the columns that are used, never `restricted`."""
-        mine = set(manifest.shards("train")[rank :: spec.resources.workers])
-        if rank == 0:
-            mine |= set(manifest.shards("holdout"))
-        features, label = _columns(spec, manifest)
-        wanted = {column.sensitivity for column in (*features, label)} - {"restricted"}
-        names = {file.key_name for file in manifest.files if file.shard in mine and file.sensitivity in wanted}
-        of_version = (data_keys.c.name == manifest.name) & (data_keys.c.version == manifest.version)
-        rows = connection.execute(select(data_keys).where(of_version, data_keys.c.file.in_(names))).all()
-        if len(rows) != len(names):
-            raise ConflictError(f"the keys of {manifest.name}@{manifest.version} were destroyed", "seal the data again")
-        return {row.file: self._core.keys.unwrap(row.wrapped, key_context(manifest, row.file)) for row in rows}
 
     def commit_block(self, caller: Caller, run: str, first: int, last: int) -> dict[str, Any]:
         """Put steps `first`…`last` on record. Only after this returns may their noise be released.
@@ -230,6 +220,7 @@ class Runs:
             act.allow(resources.run(row))
             if row.state != "training":
                 raise ConflictError(f"{run} is {row.state}", "stop this worker")
+            require_live(act.connection, brief(act.connection, row.dataset, row.version))
             if first != row.steps_committed or not first < last <= row.plan["steps"]:
                 raise ConflictError("these steps are not the next ones of the plan", "stop this worker")
             act.connection.execute(update(runs).where(runs.c.id == run).values(steps_committed=last))
@@ -304,6 +295,7 @@ class Runs:
         features, label = _columns(spec, manifest)
         used = [column.sensitivity for column in (*features, label)]
         act.allow(resources.dataset(act.connection, row, used))
+        require_live(act.connection, row)
         if manifest.rows("holdout") == 0:
             raise InputError(f"{spec.dataset} has no holdout rows to evaluate on", "seal it with --holdout 0.2")
         if spec.resources.gpus_per_worker:
@@ -332,29 +324,33 @@ def _attributes(resource: Resource | None) -> dict[str, Any]:
     return {name: known[name] for name in ("owner", "region", "purpose", "class")}
 
 
-def _plan(spec: TrainingSpec, rows: int) -> PrivacyPlan:
+def _plan(spec: TrainingSpec, manifest: DatasetManifest) -> PrivacyPlan:
+    rows = manifest.rows("train")
+    rows_per_unit = DatasetSchema.from_mapping(manifest.dataset_schema).rows_per_unit
     if spec.training.epochs * rows / spec.training.expected_batch_size > MAX_STEPS:
         raise InputError(
             f"a run has at most {MAX_STEPS:,} steps", "lower training.epochs or raise training.expected_batch_size"
         )
     if not _PLANS.acquire(blocking=False):
         raise UnavailableError("other plans are being computed", "try again in a few seconds")
-    with contextlib.ExitStack() as stack:
-        stack.callback(_PLANS.release)
-        stack.enter_context(_ACCOUNTING)
-        return _cached_plan(
-            spec.privacy.epsilon, spec.privacy.delta, spec.privacy.max_grad_norm, spec.training.epochs,
-            spec.training.expected_batch_size, rows,
-        )  # fmt: skip
+    try:
+        with _ACCOUNTING:
+            return _cached_plan(
+                spec.privacy.epsilon, spec.privacy.delta, spec.privacy.max_grad_norm, spec.training.epochs,
+                spec.training.expected_batch_size, rows, rows_per_unit,
+            )  # fmt: skip
+    finally:
+        _PLANS.release()
 
 
 @lru_cache(maxsize=64)
 def _cached_plan(
-    epsilon: float, delta: float, max_grad_norm: float, epochs: float, expected_batch_size: int, rows: int
-) -> PrivacyPlan:
+    epsilon: float, delta: float, max_grad_norm: float, epochs: float, expected_batch_size: int, rows: int,
+    rows_per_unit: int,
+) -> PrivacyPlan:  # fmt: skip
     return make_plan(
         epsilon=epsilon, delta=delta, max_grad_norm=max_grad_norm, epochs=epochs,
-        expected_batch_size=expected_batch_size, rows=rows,
+        expected_batch_size=expected_batch_size, rows=rows, rows_per_unit=rows_per_unit,
     )  # fmt: skip
 
 
@@ -364,7 +360,7 @@ def _epsilon_after(plan: tuple[tuple[str, Any], ...], steps: int) -> float:
 
 
 def evaluation_epsilon(plan: dict[str, Any]) -> float:
-    """The epsilon of publishing the holdout accuracy. Holdout rows are never trained on, so it composes in parallel."""
+    """The epsilon of publishing the holdout accuracy. No unit is trained on too, so it composes in parallel."""
     return min(EVALUATION_EPSILON, float(plan["epsilon"]))
 
 
@@ -378,6 +374,13 @@ def settle(plan: dict[str, Any], steps: int) -> tuple[float, float]:
     with _ACCOUNTING:
         epsilon = _epsilon_after(tuple(sorted(plan.items())), steps)
     return min(epsilon, float(plan["epsilon"])), float(plan["delta"])
+
+
+def _unit(manifest: DatasetManifest) -> dict[str, Any]:
+    """Whose privacy epsilon is about: `column` is null where it is each row's."""
+    schema = DatasetSchema.from_mapping(manifest.dataset_schema)
+    column = schema.unit.column if isinstance(schema.unit, Unit) else None
+    return {"column": column, "max_rows": schema.rows_per_unit}
 
 
 def _affordable(budget: dict[str, Any], plan: PrivacyPlan) -> bool:
@@ -424,9 +427,20 @@ def load(connection: Connection, run: str) -> Any:
     return row
 
 
-def model_key_context(run: str) -> bytes:
-    """What a wrapped model key is bound to."""
-    return canonical_json({"use": "cloister.dev/model-key/v1", "run": run})
+def _shard_keys(act: Action, manifest: DatasetManifest, spec: TrainingSpec, rank: int) -> dict[str, bytes]:
+    """Only what this rank trains on: its shards, the classes of the columns that are used, never `restricted`."""
+    mine = set(manifest.shards("train")[rank :: spec.resources.workers])
+    if rank == 0:
+        mine |= set(manifest.shards("holdout"))
+    features, label = _columns(spec, manifest)
+    wanted = {column.sensitivity for column in (*features, label)} - {"restricted"}
+    refs = {file.ref for file in manifest.files if file.shard in mine and file.part in wanted}
+    rows = keys_of(act.connection, manifest.name, refs)
+    if len(rows) != len(refs):
+        raise ConflictError(f"the keys of {manifest.name}@{manifest.version} were destroyed", "seal the data again")
+    wrapped = [(row.wrapped, key_context(row.name, row.version, row.file)) for row in rows]
+    opened = act.keys.unwrap(dataset_key(manifest.name), wrapped)
+    return {f"{row.version}/{row.file}": key for row, key in zip(rows, opened, strict=True)}
 
 
 def _public(row: Any) -> dict[str, Any]:

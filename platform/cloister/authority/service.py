@@ -5,8 +5,9 @@ Nothing here knows HTTP: `api` puts routes in front of it, tests call it directl
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from nacl.signing import SigningKey
@@ -15,23 +16,30 @@ from cloister.audit.checkpoint import verifier_key_text
 from cloister.authority.access import Access
 from cloister.authority.approvals import Approvals, Required
 from cloister.authority.core import ITSELF, PLATFORM, Core
+from cloister.authority.custody import Custody
 from cloister.authority.data import Datasets
 from cloister.authority.endpoints import Endpoints
 from cloister.authority.federation import Federation
 from cloister.authority.identity import Identities
 from cloister.authority.journal import LOG_ORIGIN, Journal
+from cloister.authority.key_use import RELEASE
+from cloister.authority.lifecycle import Lifecycle
 from cloister.authority.log import Log
 from cloister.authority.models import Models
 from cloister.authority.nodes import LIFETIME, Nodes
 from cloister.authority.policies import Policies
+from cloister.authority.registration import Registration
+from cloister.authority.retention import DEFAULT_INTERVAL_S, Retention
 from cloister.authority.runs import Runs
 from cloister.authority.sessions import Sessions
+from cloister.authority.shredding import Shredding
+from cloister.authority.uploads import DEFAULT_SEALS_PER_MINUTE, Uploads
 from cloister.authority.witness import Witnessing, WitnessSettings
-from cloister.errors import NotFoundError
+from cloister.errors import ConflictError, NotFoundError
 from cloister.sealing.envelope import new_key
 from cloister.sealing.lease import ReceivingKey
 from cloister.signing import certificates, keys
-from cloister.stores.blobs import FolderBlobs
+from cloister.stores.blobs import Stores
 from cloister.stores.database import Database
 from cloister.stores.files import private_directory, write_atomic
 from cloister.stores.keys import EmbeddedKeys, KeyService
@@ -49,31 +57,30 @@ class Authority:
         issuers: Federation | None = None,
         witnesses: Sequence[WitnessSettings] = (),
         required: Required | None = None,
+        blobs: Mapping[str, str] | None = None,
+        key_service: KeyService | None = None,
+        retention_check_s: float = DEFAULT_INTERVAL_S,
+        seals_per_minute: int = DEFAULT_SEALS_PER_MINUTE,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """Open or create it. `database` replaces `state.db`; `issuers` vouch for people and workloads from outside,
-        `witnesses` cosign the log."""
+        `witnesses` cosign the log, `blobs` are the URLs of the stores by region, in place of the folder `blobs/`."""
         private_directory(directory)
         self.directory = directory
         self.url = url
         self.issuers = issuers.issuers if issuers else ()
-        service = EmbeddedKeys(directory / "keys")
-        blobs = FolderBlobs.make(directory / "blobs")
+        self.uploads = Uploads(seals_per_minute)
+        service = key_service or EmbeddedKeys(directory / "keys")
+        self._key_service = service
+        self.stores = Stores(blobs or {}, directory / "blobs")
 
         log_key = SigningKey(_secret(service, "log", new_key))
         receiving = ReceivingKey.from_seed(_secret(service, "receiving", new_key))
-        release = keys.p256_from_pem(_secret(service, "release", lambda: keys.private_to_pem(keys.generate_p256())))
-        ca_key = _secret(service, "ca", certificates.new_private_key)
-
-        endpoint_ca_key = _secret(service, "endpoint-ca", certificates.new_private_key)
-        self.ca_certificate = _file(directory / "ca.pem", lambda: certificates.new_ca(ca_key, "Cloister internal CA"))
+        release = service.signer(RELEASE)
+        self._ca_key, self.ca_certificate = _ca(service, "ca", "Cloister internal CA", directory)
         # A CA of their own, so that no endpoint can pass for the authority.
-        self.endpoint_ca = _file(
-            directory / "endpoint-ca.pem", lambda: certificates.new_ca(endpoint_ca_key, "Cloister endpoint CA")
-        )
-        node_ca_key = _secret(service, "node-ca", certificates.new_private_key)
-        self.node_ca = _file(directory / "node-ca.pem", lambda: certificates.new_ca(node_ca_key, "Cloister node CA"))
-        self._ca_key = ca_key
+        endpoint_ca_key, self.endpoint_ca = _ca(service, "endpoint-ca", "Cloister endpoint CA", directory)
+        node_ca_key, self.node_ca = _ca(service, "node-ca", "Cloister node CA", directory)
         self.receiving_public = receiving.public
         self.release_public = keys.public_to_pem(release.public_key())
 
@@ -81,6 +88,8 @@ class Authority:
             database=database or Database(directory / "state.db"), keys=service, journal=Journal(log_key), clock=clock
         )
         self.core.require_anchored()
+        self.custody = Custody(self.core)
+        self.custody.finish()
         verifier_key = verifier_key_text(LOG_ORIGIN, bytes(log_key.verify_key))
         opened = [witness.open(verifier_key) for witness in witnesses]
         self.log = Log(self.core, verifier_key, [key for key, _ in opened])
@@ -92,10 +101,14 @@ class Authority:
         self.approvals = Approvals(self.core, required or Required())
         self.access = Access(self.core, self.approvals)
         self.policies = Policies(self.core, self.approvals)
-        self.datasets = Datasets(self.core, self.approvals, receiving, blobs.url)
-        self.runs = Runs(self.core, self.approvals, blobs.url)
-        self.models = Models(self.core, self.approvals, release, blobs)
-        self.endpoints = Endpoints(self.core, self.sessions, self.models, endpoint_ca_key, self.endpoint_ca, blobs.url)
+        self.datasets = Datasets(self.core, self.approvals, self.stores)
+        self.shredding = Shredding(self.core, self.custody, self.stores)
+        self.lifecycle = Lifecycle(self.core, self.approvals, self.custody, self.shredding)
+        self.registration = Registration(self.core, receiving, self.stores, self.lifecycle, self.shredding)
+        self.retention = Retention(self.lifecycle, self.shredding, retention_check_s)
+        self.runs = Runs(self.core, self.approvals, self.stores)
+        self.models = Models(self.core, self.approvals, self.stores)
+        self.endpoints = Endpoints(self.core, self.sessions, self.models, endpoint_ca_key, self.endpoint_ca)
 
     def tls_files(self, host: str) -> tuple[Path, Path]:
         """A fresh certificate of a day for the listener, of the internal CA, and its key, as files in `directory`."""
@@ -121,17 +134,23 @@ class Authority:
 
     def close(self) -> None:
         self.core.database.close()
+        self._key_service.close()
 
 
 def _secret(service: KeyService, name: str, make: Callable[[], bytes]) -> bytes:
     try:
         return service.secret(name)
     except NotFoundError:
-        service.store_secret(name, make())
+        with contextlib.suppress(ConflictError):  # another authority was first
+            service.store_secret(name, make())
         return service.secret(name)
 
 
-def _file(path: Path, make: Callable[[], bytes]) -> bytes:
-    if not path.exists():
-        write_atomic(path, make())
-    return path.read_bytes()
+def _ca(service: KeyService, name: str, title: str, directory: Path) -> tuple[bytes, bytes]:
+    """Key and certificate of a CA, the same for all authorities over one key service; the certificate as a file too."""
+    key = _secret(service, name, certificates.new_private_key)
+    certificate = _secret(service, f"{name}-certificate", lambda: certificates.new_ca(key, title))
+    file = directory / f"{name}.pem"
+    if not file.exists() or file.read_bytes() != certificate:
+        write_atomic(file, certificate)
+    return key, certificate

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from cloister.authority.approvals import Required
 from cloister.authority.federation import Federation, Issuer
+from cloister.authority.retention import DEFAULT_INTERVAL_S
+from cloister.authority.uploads import DEFAULT_SEALS_PER_MINUTE
 from cloister.authority.witness import WitnessSettings
 from cloister.errors import InputError
 from cloister.stores.database import Database
+from cloister.stores.keys.settings import EmbeddedSettings, KeySettings
 
 DEFAULT_PORT = 8470
 
@@ -33,10 +37,19 @@ class AuthoritySettings(BaseModel):
     """A CA whose certificates also count as registered nodes', by their DNS name; beside Cloister's own."""
     region: str = Field(default="eu", min_length=1, max_length=63)
     """Where this machine is: the region of the node that `cloister up` registers for it."""
+    blobs: dict[Annotated[str, Field(min_length=1, max_length=63)], str] = Field(default={}, max_length=100)
+    """Where sealed files lie, by region: `file:///a/folder` or `s3://bucket/prefix?region=…`; data of another region is
+    refused. Without it, the authority's folder takes those of every region."""
+    keys: KeySettings = EmbeddedSettings()
+    """The key service: our own in the authority's folder, or a Vault."""
     database: str | None = None
     """`postgresql://user@host:port/name`; without it, SQLite in the authority's folder."""
     database_password_file: Path | None = None
     database_ca: Path | None = None
+    retention_check_s: float = Field(default=DEFAULT_INTERVAL_S, ge=1, le=86_400)
+    """How often the authority looks for what is due, and for what an earlier erasure has left to do."""
+    seals_per_minute: int = Field(default=DEFAULT_SEALS_PER_MINUTE, ge=1, le=100_000)
+    """How often one owner may ask for sealing keys, open files and register versions, at one authority."""
     approvals: Required = Required()
     issuers: tuple[Issuer, ...] = ()
     witnesses: tuple[WitnessSettings, ...] = ()

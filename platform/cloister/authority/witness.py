@@ -240,6 +240,7 @@ def keep(core: Core, note: str, keys: Iterable[WitnessKey]) -> int:
     Raises:
         NotFoundError: no known witness cosigned it.
         IntegrityError: this log did not sign it, or never had that root.
+        KeyServiceError: it is stored, but the key service cannot remember it now: bring it again.
     """
     keys = list(keys)
     _, public = checkpoint.parse_verifier_key(core.journal.verifier_key)
@@ -261,6 +262,7 @@ def keep(core: Core, note: str, keys: Iterable[WitnessKey]) -> int:
             insert(log_checkpoints).values(size=known.size) if old is None else update(log_checkpoints).where(where)
         )
         connection.execute(statement.values(note=merged))
+    core.anchor_at(known.size, known.root)  # a state that is older than this is known for one from now on
     return known.size
 
 

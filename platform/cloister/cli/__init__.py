@@ -23,8 +23,8 @@ COMMANDS = {
     "identity": ("identity", "Register, change, revoke and list identities."),
     "access": ("access", "Ask for a role for a while."),
     "node": ("access", "Register the machines that data is opened on."),
-    "key": ("access", "Rotate and destroy keys."),
-    "data": ("data", "Seal, list, show and verify datasets."),
+    "key": ("key", "List, rotate and destroy keys."),
+    "data": ("data", "Seal, list, show, verify and erase datasets."),
     "budget": ("data", "Set and show a dataset's privacy budget."),
     "train": ("train", "Plan, submit and watch training runs."),
     "approvals": ("approvals", "List and show what waits for approval."),
@@ -35,6 +35,9 @@ COMMANDS = {
     "infer": ("serve", "Ask a served model."),
     "policy": ("policy", "Validate, test, explain and change the rules: who may do what."),
     "audit": ("audit", "Search, export and verify the audit log."),
+    "backup": ("backup", "Back the authority up, sealed under its key service."),
+    "restore": ("backup", "Restore the authority from a backup."),
+    "fsck": ("backup", "Check that log, state, keys and sealed files fit together."),
 }
 
 

@@ -1,4 +1,4 @@
-"""`cloister access | node | key`."""
+"""`cloister access | node`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import click
 
 from cloister.cli import output
 from cloister.cli.context import NAME, Context, common
-from cloister.errors import InputError
 
 _UNITS = {"m": 60, "h": 3600}
 
@@ -89,39 +88,3 @@ def new(context: Context, name: str) -> None:
         output.value({"name": name, "public_key": str(file)})
     else:
         output.say(f"An operator runs: cloister node add {name} --region REGION --public-key {file}")
-
-
-@click.group()
-def key() -> None:
-    """Rotate and destroy keys."""
-
-
-@key.command()
-@click.option("--tokens", is_flag=True, help="The key that signs access tokens.")
-@click.option("--compromised", is_flag=True, help="The old key is in wrong hands: its tokens die now.")
-@common
-def rotate(context: Context, tokens: bool, compromised: bool) -> None:
-    """Sign access tokens with a new key from now on."""
-    if not tokens:
-        raise InputError("which key?", "cloister key rotate --tokens")
-    shown = context.client().post("/v1/token-keys", {"compromised": compromised})
-    if context.json:
-        output.value(shown)
-    else:
-        rest = "Every token given before is dead." if compromised else "Tokens given before live out their ten minutes."
-        output.say(f"New access tokens are signed with key {shown['key_id'][:16]}…. {rest}")
-
-
-@key.command()
-@click.argument("dataset")
-@common
-def destroy(context: Context, dataset: str) -> None:
-    """Destroy the data keys of DATASET@VERSION, once enough others agree. Every copy of its files is noise then."""
-    from cloister.datasets.manifest import parse_reference
-
-    name, version = parse_reference(dataset)
-    shown = context.client().post(f"/v1/datasets/{name}/versions/{version}/key-destruction")
-    if context.json:
-        output.value(shown)
-    else:
-        output.say(f"{shown['keys_destroyed']} keys of {dataset} are destroyed. Nobody can open it any more.")

@@ -2,49 +2,72 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from cloister.cli import output
 from cloister.cli.context import NAME, Context, common
+from cloister.cli.inspect import inspect
+from cloister.cli.lifecycle import certificate, erase, expire, list_, rectify, show
 from cloister.errors import InputError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from cloister.datasets.schema import DatasetSchema
 
 
 @click.group()
 def data() -> None:
-    """Seal, list, show and verify datasets."""
+    """Seal, list, show, verify and erase datasets."""
+
+
+for command in (inspect, list_, show, erase, rectify, expire, certificate):
+    data.add_command(command)
+
+
+def _splitting(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say how rows are split."""
+    for option in (
+        click.option("--holdout", type=click.FloatRange(0, 0.9), default=0.2, show_default=True,
+                     help="Share kept for evaluation."),
+        click.option("--shards", type=click.IntRange(1, 10_000), default=4, show_default=True,
+                     help="Training shards; as many again for every 32 MiB of rows."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
 
 
 @data.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--schema", "schema_file", type=click.Path(path_type=Path), required=True, help="The dataset's schema.")
-@click.option("--shards", type=click.IntRange(1, 10_000), default=4, show_default=True, help="Training shards.")
+@_splitting
 @click.option(
-    "--holdout", type=click.FloatRange(0, 0.9), default=0.2, show_default=True, help="Share kept for evaluation."
+    "--derived-from", multiple=True, metavar="NAME@N", help="Another dataset that this one was made from; repeatable."
 )
 @common
-def seal(context: Context, file: Path, schema_file: Path, shards: int, holdout: float) -> None:
-    """Validate FILE (CSV, gzipped CSV or Parquet), encrypt it here, and register it as the next version."""
-    from cloister.canonical import unb64
+def seal(
+    context: Context, file: Path, schema_file: Path, shards: int, holdout: float, derived_from: tuple[str, ...]
+) -> None:
+    """Validate FILE (CSV, JSON Lines, Parquet, Arrow), encrypt it here, and register it as the next version.
+
+    FILE is read block by block, so that it may be larger than memory. Until the whole of it is sealed there is no
+    version, and what was uploaded is removed again when something is wrong.
+    """
     from cloister.client.seal import read_file, seal_dataset
     from cloister.datasets.schema import DatasetSchema
 
     schema = DatasetSchema.from_yaml_text(read_file(schema_file, "schema").decode(errors="replace"))
-    content = read_file(file, "data file")
-    with output.progress(f"sealing {schema.name}") as advance:
+    with _blocks(file, schema, f"sealing {schema.name}") as blocks:
         shown = seal_dataset(
-            context.client(),
-            context.private_key(),
-            content,
-            schema,
-            shards=shards,
-            holdout=holdout,
-            receiving_key=unb64(context.pinned()["receiving_key"]),
-            progress=advance,
-        )
+            context.client(), context.private_key(), blocks, schema, shards=shards, holdout=holdout,
+            receiving_key=_receiving_key(context), derived_from=derived_from,
+        )  # fmt: skip
     if context.json:
         output.value(shown)
         return
@@ -56,36 +79,57 @@ def seal(context: Context, file: Path, schema_file: Path, shards: int, holdout: 
     output.say(f"Next: cloister budget set {schema.name} --epsilon 6 --delta 2e-5")
 
 
-@data.command(name="list")
-@common
-def list_(context: Context) -> None:
-    """List dataset versions."""
-    rows = context.client().get("/v1/datasets")
-    if context.json:
-        output.value(rows)
-        return
-    cells = [(r["dataset"], r["owner"], f"{r['rows']:,}", r["files"], r["budget"]["epsilon_left"]) for r in rows]
-    output.table(("dataset", "owner", "rows", "files", "epsilon left"), cells, empty="No dataset is sealed yet.")
-
-
 @data.command()
-@click.argument("dataset")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--to", "name", type=NAME, required=True, help="The dataset whose newest live version gets the rows.")
+@_splitting
 @common
-def show(context: Context, dataset: str) -> None:
-    """Show the public facts of a version: columns, classes, shards, budget."""
-    from cloister.datasets.manifest import parse_reference
+def append(context: Context, file: Path, name: str, shards: int, holdout: float) -> None:
+    """Seal the rows of FILE as further shards of a dataset, in a version of its own.
 
-    name, version = parse_reference(dataset)
-    shown = context.client().get(f"/v1/datasets/{name}/versions/{version}")
+    The files of the version before are listed by the new one as they are: nothing is encrypted again. The schema is
+    the one of that version.
+    """
+    from cloister.client.seal import append_to_dataset, newest_schema
+
+    client = context.client()
+    schema = newest_schema(client, name)
+    with _blocks(file, schema, f"appending to {name}") as blocks:
+        shown = append_to_dataset(
+            client, context.private_key(), blocks, schema, shards=shards, holdout=holdout,
+            receiving_key=_receiving_key(context),
+        )  # fmt: skip
     if context.json:
         output.value(shown)
         return
-    schema = shown["manifest"]["dataset_schema"]
-    output.facts({"dataset": shown["dataset"], "owner": shown["owner"], "purpose": schema["purpose"],
-                  "region": schema["region"], "retention": schema["retention"], "digest": shown["digest"],
-                  "epsilon left": shown["budget"]["epsilon_left"]})  # fmt: skip
-    cells = [(c["name"], c["type"], c["class"], c.get("role")) for c in schema["columns"]]
-    output.table(("column", "type", "class", "role"), cells, empty="No columns.")
+    (parent,) = shown["parents"]
+    output.say(f"Sealed {shown['dataset']}: {shown['new_rows']:,} new rows in {shown['new_files']} files, and the "
+               f"{shown['rows'] - shown['new_rows']:,} rows of {parent} in its {shown['files'] - shown['new_files']} "
+               "files, as they are.")  # fmt: skip
+    output.say(f"Protected now: the new rows, as those before. {parent} stays as it was, and so does your own file.")
+    output.say(f"Next: name {shown['dataset']} in a training spec. Both spend the same budget: "
+               f"cloister budget show {name}")  # fmt: skip
+
+
+@contextlib.contextmanager
+def _blocks(file: Path, schema: DatasetSchema, title: str) -> Iterator[Iterator[pa.Table]]:
+    """The file's rows, block by block, under a progress bar."""
+    from cloister.client.source import open_source
+
+    with open_source(file) as source, output.progress(title) as advance:
+
+        def read() -> Iterator[pa.Table]:
+            for block in source.read_blocks(schema):
+                advance(source.position, source.size, f"{source.position / 1e6:,.0f} of {source.size / 1e6:,.0f} MB")
+                yield block
+
+        yield read()
+
+
+def _receiving_key(context: Context) -> bytes:
+    from cloister.canonical import unb64
+
+    return unb64(context.pinned()["receiving_key"])
 
 
 @data.command()
@@ -93,7 +137,7 @@ def show(context: Context, dataset: str) -> None:
 @common
 def verify(context: Context, dataset: str) -> None:
     """Compare every stored file of a version with its signed manifest. Needs no key."""
-    from cloister.client.seal import verify_dataset
+    from cloister.client.verify import verify_dataset
     from cloister.datasets.manifest import parse_reference
 
     with output.progress(f"verifying {dataset}") as advance:

@@ -30,8 +30,12 @@ def list_(context: Context) -> None:
     if context.json:
         output.value(rows)
         return
-    cells = [(r["model"], r["stage"], r["author"], r["run"], r["metrics"].get("holdout_accuracy")) for r in rows]
-    output.table(("model", "stage", "author", "run", "accuracy"), cells, empty="No model yet.")
+    cells = [
+        (r["model"], r["stage"], r["author"], r["run"], r["metrics"].get("holdout_accuracy"),
+         ", ".join(r["flags"]) or None)
+        for r in rows
+    ]  # fmt: skip
+    output.table(("model", "stage", "author", "run", "accuracy", "learned what is gone"), cells, empty="No model yet.")
 
 
 @model.command()
@@ -53,11 +57,17 @@ def show(context: Context, name: str) -> None:
     output.facts({
         "model": shown["model"], "stage": shown["stage"], "author": shown["author"], "run": shown["run"],
         "dataset": f"{made['dataset']['name']} ({made['dataset']['digest'][:23]}…)",
-        "privacy": f"epsilon {made['privacy']['epsilon']:.4f}, delta {made['privacy']['delta']:g}",
+        "privacy": f"epsilon {made['privacy']['epsilon']:.4f}, delta {made['privacy']['delta']:g} "
+                   f"for a unit of at most {made['privacy']['plan'].get('rows_per_unit', 1):,} row(s)",
         "accuracy": f"{metrics['holdout_accuracy']:.4f} on {metrics['holdout_rows']:.0f} holdout rows "
                     f"(itself epsilon {metrics['evaluation_epsilon']:g})",
         "code": made["code_digest"], "root digest": shown["root_digest"], "assurance": made["assurance"],
     })  # fmt: skip
+    for flag in shown["flags"]:
+        where = f"what that means: cloister data certificate {flag}"
+        if not flag.startswith("ers-"):
+            where = f"its erasure was forgotten when the backup {flag} was restored"
+        output.say(f"It learned from data that is gone since; {where}")
 
 
 @model.command()
@@ -68,12 +78,12 @@ def verify(context: Context, name: str) -> None:
     from cloister.canonical import sha256_hex
     from cloister.models.release import PROVENANCE_PREDICATE
     from cloister.signing import dsse, keys
-    from cloister.stores.blobs import FolderBlobs
+    from cloister.stores.blobs import open_blobs
 
     wanted, version = _reference(name)
     client = context.client()
     shown = client.get(f"/v1/models/{wanted}/versions/{version}")
-    if sha256_hex(FolderBlobs.from_url(shown["blobs"]).get(shown["blob"])) != shown["blob_sha256"]:
+    if sha256_hex(open_blobs(shown["blobs"]).get(shown["blob"])) != shown["blob_sha256"]:
         raise IntegrityError(
             f"the sealed bytes of {name} changed since it was registered",
             "restore the blob from a backup, or train again",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from cloister.cli import output
 from cloister.cli.context import Context, common, key_file, require_free_port
 from cloister.cluster import reap
 from cloister.config import AuthoritySettings, Settings
-from cloister.errors import CloisterError, UnavailableError
+from cloister.errors import CloisterError, InputError, UnavailableError
 from cloister.process import Daemon
 from cloister.stores.files import private_directory, write_atomic, write_json
 from cloister.stores.home import Home
+from cloister.stores.keys.root import PASSPHRASE_VARIABLE, SEALED_FILE
+from cloister.stores.keys.settings import EmbeddedSettings, VaultSettings
 
 OPERATOR = "operator"
 NODE = "local"
@@ -47,7 +50,8 @@ def up(context: Context, host: str | None, port: int | None, region: str | None)
         output.value(shown)
     elif shown["started"]:
         state = "PostgreSQL" if settings.database else "SQLite"
-        output.say(f"The authority is up at {shown['url']} (TLS, own CA, embedded keys, {state}).")
+        service = "Vault" if isinstance(settings.keys, VaultSettings) else "embedded keys"
+        output.say(f"The authority is up at {shown['url']} (TLS, own CA, {service}, {state}).")
         output.say("Protected now: keys rest encrypted, every call is authenticated, every grant is logged.")
         output.say("Not protected: from whoever controls this machine or this home (assurance level L0).")
         output.say("Next: cloister identity add NAME --role data-owner|engineer|reviewer|consumer")
@@ -72,7 +76,7 @@ def start_authority(home: Home, settings: AuthoritySettings) -> dict[str, Any]:
     arguments = [str(home.authority), "--settings", str(home.authority / "settings.json"), "--operator", OPERATOR,
                  "--operator-key", str(public)]  # fmt: skip
     ca = settings.tls_certificate or home.authority / "ca.pem"
-    daemon.start("cloister.authority", arguments)
+    daemon.start("cloister.authority", arguments, *_for_keys(home, settings.keys))
     with output.progress("starting the authority"):
         daemon.wait_ready(START_TIMEOUT_S, what="the authority")
     private_directory(home.client)
@@ -86,6 +90,27 @@ def start_authority(home: Home, settings: AuthoritySettings) -> dict[str, Any]:
         write_atomic(current, OPERATOR.encode())
     _register_this_machine(home, url, settings.region)
     return {"url": url, "started": True}
+
+
+def _for_keys(home: Home, settings: EmbeddedSettings | VaultSettings) -> tuple[dict[str, str], bytes]:
+    """What the key service takes: variables, and the passphrase if somebody must type it."""
+    if isinstance(settings, VaultSettings):
+        from cloister.stores.keys.vault_connection import variables
+
+        return variables(os.environ), b""
+    if not settings.passphrase:
+        return {}, b""
+    if named := os.environ.get(PASSPHRASE_VARIABLE):
+        return {PASSPHRASE_VARIABLE: str(Path(named).absolute())}, b""
+    if settings.passphrase_file:
+        return {}, b""
+    if not sys.stdin.isatty():
+        raise InputError(
+            "nobody is there to type the passphrase", f"name a file of mode 0600 in ${PASSPHRASE_VARIABLE}"
+        )
+    new = not (home.authority / "keys" / SEALED_FILE).exists()
+    typed = click.prompt("Passphrase of the root key", hide_input=True, confirmation_prompt=new)
+    return {}, str(typed).encode() + b"\n"
 
 
 def _register_this_machine(home: Home, url: str, region: str) -> None:
@@ -183,6 +208,7 @@ def _findings(home: Home) -> Any:
             yield f"{name} folder", "good" if closed else "bad", "closed to others" if closed else f"chmod 700 {path}"
     loose = [key for key in sorted(home.path.rglob("*.key")) if key.stat().st_mode & 0o077]
     yield "key files", "bad" if loose else "good", f"chmod 600 {loose[0]}" if loose else "readable only by you"
+    yield "key service", *_key_service(Settings.load(home).authority.keys)
     swap = _swap_bytes()
     yield "swap", "weak" if swap else "good", "keys may be swapped out: turn swap off or encrypt it" if swap else "off"
     shm = os.access(SHM, os.W_OK)
@@ -200,6 +226,13 @@ def _findings(home: Home) -> Any:
         elif daemon.status()["state"] == "ready":
             yield f"run {directory.name}", "bad", f"its supervisor is gone: cloister train watch {directory.name}"
     yield "assurance", "L0", "software only: whoever controls a worker's machine sees what the worker sees"
+
+
+def _key_service(settings: EmbeddedSettings | VaultSettings) -> tuple[str, str]:
+    if isinstance(settings, VaultSettings):
+        return "good", "a Vault: wrapping and signing keys never leave it"
+    sealed = "sealed by a passphrase" if settings.passphrase else "a file: whoever can read it opens every key"
+    return "good" if settings.passphrase else "weak", f"embedded; the root key is {sealed}"
 
 
 def _findings_of_authority(home: Home) -> Any:

@@ -50,6 +50,7 @@ def plan(context: Context, spec: Path) -> None:
         "dataset": f"{shown['spec']['dataset']}, {p['rows']:,} training rows, {shown['holdout_rows']:,} holdout rows",
         "columns": shown["columns"],
         "epsilon": f"{p['epsilon']:g} (certified {p['epsilon_certified']:.4f}) at delta {p['delta']:g}",
+        "protects": _unit(shown["unit"]),
         "noise multiplier": p["noise_multiplier"],
         "steps": f"{p['steps']} at sample rate {p['sample_rate']:.5f}, clipping norm {p['max_grad_norm']:g}",
         "budget": f"epsilon {shown['budget_before']:.3f} before, {shown['budget_after']:.3f} after",
@@ -118,6 +119,14 @@ def _start(context: Context, shown: dict[str, Any], jobs: Path, run_key: bytes, 
     daemon = Daemon(folder.directory / "driver")
     daemon.start("cloister.training.driver", [str(folder.directory), *(["--hold"] if hold else [])])
     return daemon
+
+
+def _unit(unit: dict[str, Any]) -> str:
+    """Whose presence in the data epsilon hides."""
+    if unit["column"] is None:
+        return "one row"
+    rows = "one row" if unit["max_rows"] == 1 else f"at most {unit['max_rows']:,} rows"
+    return f"one {unit['column']} with {rows}"
 
 
 def find_jobs(named: Path | None) -> Path:

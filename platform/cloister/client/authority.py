@@ -26,7 +26,7 @@ from cloister.errors import InputError, IntegrityError, UnavailableError, from_d
 from cloister.sealing import purposes
 from cloister.sealing.lease import OneTimeKey
 from cloister.signing import tokens
-from cloister.stores.blobs import FolderBlobs
+from cloister.stores.blobs import open_blobs
 
 TIMEOUT_S = 60.0
 TOKEN_MARGIN_S = 30.0
@@ -256,7 +256,7 @@ class AuthorityClient:
     def _model_lease(self, path: str, info: bytes) -> ModelLease:
         one_time = OneTimeKey.generate()
         answer = self.post(path, {"public_key": b64(one_time.public)})
-        sealed = FolderBlobs.from_url(answer["blobs"]).get(answer["blob"])
+        sealed = open_blobs(answer["blobs"]).get(answer["blob"])
         if sha256_hex(sealed) != answer["blob_sha256"]:
             raise IntegrityError(
                 "the sealed model's bytes changed since it was registered",

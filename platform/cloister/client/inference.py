@@ -15,15 +15,18 @@ from typing import Any
 from urllib.parse import quote
 
 import httpx
+import numpy as np
+import numpy.typing as npt
 
 from cloister.errors import CloisterError, InputError, QuotaExceededError, UnavailableError, from_dict
 
 TIMEOUT_S = 30.0
 
+Values = Sequence[object] | npt.NDArray[np.generic]
+"""A column: strings or numbers [N], or tensors [N, …] as an array or as nested lists."""
 
-def infer(
-    url: str, model: str, columns: Mapping[str, Sequence[object]], token: str, ca_path: Path
-) -> list[tuple[str, float]]:
+
+def infer(url: str, model: str, columns: Mapping[str, Values], token: str, ca_path: Path) -> list[tuple[str, float]]:
     """One request. For many, keep an `InferenceClient`: a TLS handshake costs more than an answer.
 
     Raises:
@@ -67,7 +70,7 @@ class InferenceClient:
         """Close the connection."""
         self._client.close()
 
-    def infer(self, model: str, columns: Mapping[str, Sequence[object]]) -> list[tuple[str, float]]:
+    def infer(self, model: str, columns: Mapping[str, Values]) -> list[tuple[str, float]]:
         """The label of each row and that label's probability.
 
         Raises:
@@ -75,10 +78,7 @@ class InferenceClient:
             UnavailableError: nobody answers, or not with the expected certificate.
             CloisterError: what the server refused with.
         """
-        tensors = [
-            {"name": name, "shape": [len(values)], "datatype": _datatype(name, values), "data": list(values)}
-            for name, values in columns.items()
-        ]
+        tensors = [_tensor(name, values) for name, values in columns.items()]
         answer = self._send("POST", f"/v2/models/{quote(model, safe='')}/infer", {"inputs": tensors})
         try:
             outputs = {output["name"]: output["data"] for output in answer["outputs"]}
@@ -119,6 +119,22 @@ def _refusal(response: httpx.Response, body: dict[str, Any]) -> CloisterError:
         wait_s = response.headers.get("retry-after", "1")
         return QuotaExceededError(error.message, error.hint, int(wait_s) if wait_s.isdecimal() else 1)
     return error
+
+
+def _tensor(name: str, values: Values) -> dict[str, Any]:
+    if not isinstance(values, np.ndarray):
+        if not len(values) or not isinstance(values[0], list | tuple | np.ndarray):
+            return {"name": name, "shape": [len(values)], "datatype": _datatype(name, values), "data": list(values)}
+        try:
+            values = np.asarray(values)
+        except ValueError:  # the text may quote values
+            values = np.zeros(0, dtype=object)
+    if values.ndim == 1 and values.dtype.kind != "O":
+        return _tensor(name, values.tolist())
+    if values.ndim == 0 or values.dtype.kind not in "iuf" or not np.isfinite(values).all():
+        raise InputError(f"column `{name}` is not a tensor of finite numbers", "send rows of one shape")
+    datatype = "FP64" if values.dtype.kind == "f" else "INT64"
+    return {"name": name, "shape": list(values.shape), "datatype": datatype, "data": values.reshape(-1).tolist()}
 
 
 def _datatype(name: str, values: Sequence[object]) -> str:

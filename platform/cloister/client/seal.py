@@ -1,46 +1,60 @@
-"""Sealing a table on its owner's machine.
+"""Sealing a table on its owner's machine, block by block, so that memory does not grow with the file.
 
-Guarantees: rows leave this process only encrypted; each (shard, class) file has its own fresh key, which travels
-HPKE-sealed to the authority and nowhere else; the version exists when the authority has recorded all of it, and
-not before: what a failure leaves behind is ciphertext whose keys are gone, and it is removed.
+Guarantees: rows leave this process only encrypted, and no file on this machine gets any; each file has its own fresh
+key, which travels HPKE-sealed to the authority and nowhere else; the version exists when the authority has recorded
+all of it, and not before: what a failure leaves behind is ciphertext whose keys are gone, and it is removed. Of a
+process that is killed, `cloister fsck` finds it.
 
-    1. validate   every value against the schema, before anything is written
-    2. split      rows in an order drawn from the CSPRNG into shards, columns by sensitivity class
-    3. encrypt    one Parquet file, one key, one name (AAD) each
-    4. upload     write-once
-    5. register   manifest signed with the owner's key, keys sealed to the authority
+    1. ask        which version is coming, where its files go, the keys of its subjects
+    2. read       a few MB after the other, each value validated against the schema; some ahead
+    3. protect    identifiers become pseudonyms, and each row gets its subject's tag
+    4. split      a block's rows, in an order drawn from the CSPRNG, into shards, columns by sensitivity class
+    5. encrypt    one Parquet file, one key, one name (AAD) each
+    6. upload     write-once
+    7. register   manifest signed with the owner's key, keys sealed to the authority
+
+Rows are mixed within a block, not across blocks: which block of the file a row came from can be told from its shard's
+number. Training draws its batches at random over all of them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
-from cloister.canonical import b64, canonical_json, sha256_hex
+from cloister.canonical import b64, canonical_json
 from cloister.client.authority import AuthorityClient
-from cloister.datasets.ingest import read_table
-from cloister.datasets.manifest import MANIFEST_PREDICATE, DatasetManifest, SealedFile
-from cloister.datasets.partition import partition
-from cloister.datasets.schema import DatasetSchema
-from cloister.errors import CloisterError, InputError, IntegrityError, NotFoundError, UnavailableError
+from cloister.client.code import package_digest
+from cloister.client.grant import Grant, ask_to_seal, open_tags
+from cloister.client.upload import Upload, ahead
+from cloister.client.verify import signed_manifest
+from cloister.datasets.manifest import MANIFEST_PREDICATE, DatasetManifest, Lineage, SealedFile, parse_reference
+from cloister.datasets.partition import Numbering, partition
+from cloister.datasets.schema import INDEX, DatasetSchema
+from cloister.datasets.subjects import Tags, UnitCounter, held_out, protect
+from cloister.errors import CloisterError, InputError, NotFoundError
 from cloister.sealing import purposes
-from cloister.sealing.envelope import new_key
 from cloister.sealing.lease import seal_to
-from cloister.sealing.shard import seal_table, shard_aad
 from cloister.signing import dsse
-from cloister.signing.keys import ed25519_from_pem, ed25519_public_from_pem, key_id
-from cloister.stores.blobs import FolderBlobs
+from cloister.signing.keys import ed25519_from_pem
 
-Progress = Callable[[int, int], None]
+BLOCK_BYTES = 32 << 20  # of rows as they are stored; what is in memory is a small multiple of it
+TABLES_AHEAD = 4
+SMALL_PART = 4  # what is left at the end is no block of its own, if it has less than this part of the rows of one
+_NUMBERED = re.compile(r"(train|holdout)-([0-9]+)")
 
 
 def read_file(path: Path, what: str) -> bytes:
-    """The bytes of a file that a person named.
+    """The bytes of a small file that a person named.
 
     Raises:
         NotFoundError: there is none. InputError: it cannot be read.
@@ -56,62 +70,224 @@ def read_file(path: Path, what: str) -> bytes:
 def seal_dataset(
     client: AuthorityClient,
     private_key_pem: bytes,
-    data: bytes,
+    tables: Iterable[pa.Table],
     schema: DatasetSchema,
     *,
     shards: int,
     holdout: float,
     receiving_key: bytes,
-    progress: Progress | None = None,
+    derived_from: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """Seal `data` as the next version of the dataset that `schema` names. `progress(done, total)` counts files.
+    """Seal a file's `tables`, in stored form (`datasets.ingest`), as the next version of the dataset of `schema`.
 
-    `receiving_key` is the authority's HPKE public key, as this machine has pinned it.
+    They are joined to blocks of `BLOCK_BYTES`. Each block becomes `shards` training shards and, if `holdout` > 0, one
+    holdout shard. `receiving_key` is the authority's HPKE public key, as this machine has pinned it; `derived_from`
+    names versions of other datasets that this one was made from.
 
     Raises:
-        InputError: the data does not fit the schema; nothing was written.
-        CloisterError: the store or the authority refused; no version exists.
+        InputError: the data does not fit the schema.
+        CloisterError: the store or the authority refused. Either way there is no version, and its files are removed.
     """
-    table = read_table(data, schema)  # 1
-    parts = partition(table, schema, shards, holdout, _secret_permutation(table.num_rows))  # 2
-    coming = client.get(f"/v1/datasets/{schema.name}/next")
-    version, blobs = int(coming["version"]), FolderBlobs.from_url(coming["blobs"])
-    folder = f"datasets/{schema.name}/{secrets.token_hex(8)}"
-    files: list[SealedFile] = []
-    keys: dict[str, str] = {}
-    try:
-        for done, part in enumerate(parts, start=1):
-            key = new_key()
-            sealed = seal_table(part.table, key, shard_aad(schema.name, version, part.cls, part.shard))  # 3
-            file = SealedFile(
-                shard=part.shard,
-                role=part.role,
-                sensitivity=part.cls,
-                columns=tuple(part.table.column_names),
-                rows=part.table.num_rows,
-                path=f"{folder}/{part.shard}.{part.cls}.parquet",
-                bytes=len(sealed),
-                sha256=sha256_hex(sealed),
+    _check_parents(client, schema, derived_from)
+    with _started(tables) as started:
+        grant = ask_to_seal(client, "seal", schema)  # 1
+        made = _seal(started, schema, grant, "seal", derived_from, shards, holdout)
+        return _register(client, private_key_pem, *made, receiving_key)
+
+
+def append_to_dataset(
+    client: AuthorityClient,
+    private_key_pem: bytes,
+    tables: Iterable[pa.Table],
+    schema: DatasetSchema,
+    *,
+    shards: int,
+    holdout: float,
+    receiving_key: bytes,
+) -> dict[str, Any]:
+    """Seal `tables` as further shards of the newest live version: the next one lists its files, as they are, and these.
+
+    Raises:
+        InputError: the data does not fit the schema; the schema is not the version's; a unit has too many rows over
+            both, or would be in training and in the holdout.
+        ConflictError: another version came in between.
+        CloisterError: as `seal_dataset`.
+    """
+    with _started(tables) as started:
+        grant = ask_to_seal(client, "append", schema)  # 1
+        if grant.parent is None or DatasetSchema.from_mapping(grant.parent.dataset_schema).digest() != schema.digest():
+            raise InputError(
+                f"{schema.name} has another schema by now", "append under the newest one, or seal all of it anew"
             )
-            blobs.put(file.path, sealed)  # 4
-            files.append(file)
-            keys[file.key_name] = b64(key)
-            if progress:
-                progress(done, len(parts))
-    except BaseException:
-        blobs.remove_tree(folder)
-        raise
-    manifest = DatasetManifest(name=schema.name, version=version, dataset_schema=schema.to_dict(), files=tuple(files))
+        parents = (f"{grant.parent.name}@{grant.parent.version}",)
+        made = _seal(started, schema, grant, "append", parents, shards, holdout)
+        return _register(client, private_key_pem, *made, receiving_key)
+
+
+def newest_schema(client: AuthorityClient, name: str) -> DatasetSchema:
+    """The schema of the newest live version of a dataset.
+
+    Raises:
+        NotFoundError: there is none. IntegrityError: it is not signed by its owner.
+    """
+    live = [
+        int(shown["dataset"].rpartition("@")[2])
+        for shown in client.get("/v1/datasets")
+        if shown["dataset"].rpartition("@")[0] == name and shown.get("state", "live") == "live"
+    ]
+    if not live:
+        raise NotFoundError(f"there is no live version of {name} to append to", "seal it: cloister data seal")
+    shown = client.get(f"/v1/datasets/{name}/versions/{max(live)}")
+    return DatasetSchema.from_mapping(signed_manifest(shown["envelope"], shown["owner_key"]).dataset_schema)
+
+
+def _check_parents(client: AuthorityClient, schema: DatasetSchema, parents: tuple[str, ...]) -> None:
+    """Refuse now what the authority would refuse at the end of a long upload."""
+    for parent in parents:
+        name, version = parse_reference(parent)
+        if name == schema.name:
+            raise InputError(
+                f"{parent} is a version of the dataset itself", f"to add rows to it: cloister data append --to {name}"
+            )
+        client.get(f"/v1/datasets/{name}/versions/{version}")
+
+
+def _seal(
+    tables: Iterator[pa.Table], schema: DatasetSchema, grant: Grant, kind: Literal["seal", "append"],
+    parents: tuple[str, ...], shards: int, holdout: float,
+) -> tuple[DatasetManifest, Upload]:  # fmt: skip
+    parent = grant.parent
+    units, numbering = _Units(schema, grant, holdout), _next_numbers(parent)
+    upload = Upload(grant.blobs, schema.name, grant.version, schema.region)
+    rows = 0
     try:
-        return _register(client, private_key_pem, manifest, keys, receiving_key)  # 5
-    except UnavailableError:
-        # The answer may have been lost after the version was recorded: then its files are needed.
-        if _is_registered(client, manifest):
-            return _summary(manifest)
+        protected = (protect(table, schema, grant.subjects) for table in tables)  # 2, 3
+        for block, tags in _blocks(protected):  # 4
+            rows += block.num_rows
+            units.add(tags)
+            order = _secret_permutation(block.num_rows)
+            for part in partition(block, tags, schema, shards, holdout, order, numbering):
+                upload.add(part)  # 5, 6
+        upload.finish()
+        units.check()
+        before = parent.all_rows if parent else 0
+        manifest = DatasetManifest(
+            name=schema.name, version=grant.version, dataset_schema=schema.to_dict(),
+            files=(*(parent.files if parent else ()), *upload.files),
+            lineage=Lineage(
+                kind=kind, parents=parents, code=package_digest(), rows_before=before, rows_after=before + rows
+            ),
+        )  # fmt: skip
+        if holdout > 0.0 and not manifest.rows("holdout"):
+            raise InputError("no unit is left for the holdout", "use a larger --holdout")
+    except BaseException:
+        upload.discard()
         raise
-    except CloisterError:
-        blobs.remove_tree(folder)
-        raise
+    upload.close()
+    return manifest, upload
+
+
+def _register(
+    client: AuthorityClient, private_key_pem: bytes, manifest: DatasetManifest, upload: Upload, receiving_key: bytes
+) -> dict[str, Any]:
+    try:
+        register(client, private_key_pem, manifest, upload.keys, receiving_key)  # 7
+    except CloisterError as error:
+        if not was_lost(error):
+            upload.discard()
+            raise
+        if not _is_registered(client, manifest):
+            raise
+    return _summary(manifest, upload.files)
+
+
+def was_lost(error: CloisterError) -> bool:
+    """Whether the authority may have recorded the version after all, so that its files are needed: no refusal came."""
+    return error.status >= 500
+
+
+class _Units:
+    """The rows of each unit, over all blocks and over what the version goes on listing."""
+
+    def __init__(self, schema: DatasetSchema, grant: Grant, holdout: float) -> None:
+        self._counter = UnitCounter(schema)
+        if schema.unit == "row" or grant.parent is None:
+            return
+        for file in grant.parent.files:
+            if file.part == INDEX:
+                tags = open_tags(grant.blobs, grant.parent, file, grant.files[file.ref])
+                self._counter.add(tags)
+                if (held_out(tags, holdout) != (file.role == "holdout")).any():
+                    raise InputError(
+                        "with this holdout, one unit would be both in training and in the holdout",
+                        "append with the --holdout that the first version was sealed with",
+                    )
+
+    def add(self, tags: Tags | None) -> None:
+        self._counter.add(tags)
+
+    def check(self) -> None:
+        self._counter.check()
+
+
+@contextlib.contextmanager
+def _started(tables: Iterable[pa.Table]) -> Iterator[Iterator[pa.Table]]:
+    """The same tables, read ahead; the first is read (and so validated) already."""
+    reader = ahead(iter(tables), TABLES_AHEAD)
+    try:
+        first = next(reader, None)
+        if first is None:
+            raise InputError("the file has no data row", "check that the export is complete")
+        yield chain([first], reader)
+    finally:
+        reader.close()
+
+
+_Rows = tuple[pa.Table, Tags | None]
+
+
+def _blocks(tables: Iterable[_Rows]) -> Iterator[_Rows]:
+    """Tables joined to blocks of `BLOCK_BYTES`; a small rest, which could not be split, goes with the one before."""
+    whole: list[_Rows] = []
+    waiting: list[_Rows] = []
+    for table in tables:
+        waiting.append(table)
+        if sum(each.nbytes for each, _ in waiting) >= BLOCK_BYTES:
+            if whole:
+                yield _joined(whole)
+            whole, waiting = waiting, []
+    if sum(len(each) for each, _ in waiting) * SMALL_PART < sum(len(each) for each, _ in whole):
+        whole, waiting = whole + waiting, []
+    for rest in (whole, waiting):
+        if rest:
+            yield _joined(rest)
+
+
+def _joined(rows: list[_Rows]) -> _Rows:
+    tags = [each for _, each in rows if each is not None]
+    return pa.concat_tables([table for table, _ in rows]).combine_chunks(), np.concatenate(tags) if tags else None
+
+
+def _next_numbers(parent: DatasetManifest | None) -> Numbering:
+    """Where the names of new shards begin, so that none is one that the version has."""
+    numbering = Numbering()
+    for file in parent.files if parent else ():
+        match = _NUMBERED.fullmatch(file.shard)
+        if match:
+            setattr(numbering, match[1], max(getattr(numbering, match[1]), int(match[2]) + 1))
+    return numbering
+
+
+def _secret_permutation(rows: int) -> npt.NDArray[np.int64]:
+    """A uniform order of the rows from the operating system's generator: nobody can predict a row's shard.
+
+    The order of distinct random numbers; where two are equal, which takes about 2**32 rows, all are drawn again.
+    """
+    while True:
+        drawn = np.frombuffer(secrets.token_bytes(8 * rows), dtype=np.uint64)
+        order = np.argsort(drawn)
+        if (np.diff(drawn[order]) != 0).all():
+            return order.astype(np.int64, copy=False)
 
 
 def _is_registered(client: AuthorityClient, manifest: DatasetManifest) -> bool:
@@ -122,70 +298,34 @@ def _is_registered(client: AuthorityClient, manifest: DatasetManifest) -> bool:
     return bool(shown["digest"] == manifest.digest)
 
 
-def _register(
-    client: AuthorityClient, private_key_pem: bytes, manifest: DatasetManifest, keys: dict[str, str], receiver: bytes
-) -> dict[str, Any]:
+def register(
+    client: AuthorityClient, private_key_pem: bytes, manifest: DatasetManifest, keys: Mapping[str, str],
+    receiver: bytes, **more: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Sign a manifest and hand it over with the data keys of the files that were sealed in it; the answer.
+
+    `more` goes into the request as it is.
+    """
     digest_hex = manifest.digest.removeprefix("sha256:")
     statement = dsse.statement(manifest.name, digest_hex, MANIFEST_PREDICATE, manifest.model_dump(mode="json"))
     body = {
         "envelope": dsse.sign(statement, ed25519_from_pem(private_key_pem)),
-        "sealed_keys": b64(seal_to(receiver, canonical_json(keys), purposes.data_keys(manifest.digest))),
+        "sealed_keys": b64(seal_to(receiver, canonical_json(dict(keys)), purposes.data_keys(manifest.digest))),
     }
-    client.post("/v1/datasets", body)
-    return _summary(manifest)
+    return dict(client.post("/v1/datasets", body | more))
 
 
-def _summary(manifest: DatasetManifest) -> dict[str, Any]:
+def _summary(manifest: DatasetManifest, new: Sequence[SealedFile]) -> dict[str, Any]:
     return {
         "dataset": f"{manifest.name}@{manifest.version}",
         "digest": manifest.digest,
         "files": len(manifest.files),
-        "rows": manifest.rows("train") + manifest.rows("holdout"),
+        "new_files": len(new),
+        "rows": manifest.all_rows,
+        "new_rows": manifest.lineage.rows_after - manifest.lineage.rows_before,
         "holdout_rows": manifest.rows("holdout"),
         "shards": len(manifest.shards("train")),
         "bytes": sum(file.bytes for file in manifest.files),
-        "classes": sorted({file.sensitivity for file in manifest.files}),
+        "classes": sorted({file.part for file in manifest.files}),
+        "parents": list(manifest.lineage.parents),
     }
-
-
-def verify_dataset(
-    client: AuthorityClient, name: str, version: int, progress: Progress | None = None
-) -> dict[str, Any]:
-    """Compare every stored file with the signed manifest, without any key.
-
-    Raises:
-        IntegrityError: names the first file that changed.
-    """
-    shown = client.get(f"/v1/datasets/{name}/versions/{version}")
-    manifest = signed_manifest(shown["envelope"], shown["owner_key"])
-    blobs = FolderBlobs.from_url(shown["blobs"])
-    for done, file in enumerate(manifest.files, start=1):
-        if sha256_hex(blobs.get(file.path)) != file.sha256:
-            raise IntegrityError(
-                f"{file.key_name} of {name}@{version} changed since it was sealed",
-                f"restore {file.path} from a backup, or seal the data again",
-            )
-        if progress:
-            progress(done, len(manifest.files))
-    return {"dataset": f"{name}@{version}", "digest": manifest.digest, "files": len(manifest.files)}
-
-
-def signed_manifest(envelope: dict[str, Any], owner_key: str) -> DatasetManifest:
-    """The manifest in an envelope that its owner signed.
-
-    Raises:
-        IntegrityError: not signed by that key, or about something else.
-    """
-    public = owner_key.encode()
-    trusted = {key_id(public): ed25519_public_from_pem(public)}
-    verified = dsse.verify(envelope, trusted, predicate_type=MANIFEST_PREDICATE, subject_digest=None)
-    return DatasetManifest.parse(verified.predicate)
-
-
-def _secret_permutation(rows: int) -> npt.NDArray[np.int64]:
-    """A uniform order of the rows from the operating system's generator: nobody can predict a row's shard.
-
-    Sorting by 128 random bits a row; two equal ones among a billion rows have probability below 2**-68.
-    """
-    keys = np.frombuffer(secrets.token_bytes(16 * rows), dtype=np.uint64).reshape(2, rows)
-    return np.lexsort(keys).astype(np.int64)

@@ -37,6 +37,7 @@ from pathlib import Path
 from cloister.cluster.files import LOOPBACK, make_directory, write_credentials, write_private
 from cloister.cluster.guardian import GRACE_S, MARKER, reap
 from cloister.errors import InputError, UnavailableError
+from cloister.stores.blobs import aws_places
 
 __all__ = ["RayCluster", "ray_cluster", "reap"]
 
@@ -146,7 +147,7 @@ def _credentials(directory: Path) -> dict[str, str]:
 
 
 def _environment(directory: Path, extra: Mapping[str, str]) -> dict[str, str]:
-    inherited = {name: os.environ[name] for name in INHERITED if name in os.environ}
+    inherited = {name: os.environ[name] for name in INHERITED if name in os.environ} | aws_places()
     python_path = [os.path.abspath(entry) for entry in inherited.pop("PYTHONPATH", "").split(os.pathsep) if entry]  # noqa: PTH100
     source = str(Path(__file__).parents[2])
     if source != sysconfig.get_path("purelib"):  # not installed: the guardian and the hook must find this module

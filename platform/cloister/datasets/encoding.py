@@ -1,4 +1,4 @@
-# ruff: noqa: N806 - the letters after a tensor's name are its shape
+# ruff: noqa: N803, N806 - the letters after a tensor's name are its shape
 """From columns to model inputs, the same in training and in serving.
 
 Guarantees: the encoding is a function of the columns alone (public facts), so it is deterministic, leaks nothing and
@@ -8,22 +8,46 @@ the public bounds and values is refused by column and row index, never showing t
     category            one indicator for each value
     integer, number     position between the bounds, linear or logarithmic, then one indicator for each bin:
                         bins [b1, b2] make (-inf, b1), [b1, b2), [b2, inf)
+    tensor              position of each element between the bounds, in C order
 
-Shapes: N rows, D inputs.
+Shapes: N rows, D inputs, T elements of one tensor.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from cloister.datasets.schema import Column
 from cloister.errors import InputError
 
 Array = npt.NDArray[np.generic]
+
+_BLOCK_ELEMENTS = 1 << 20  # tensors are scaled in float64, so much at a time
+
+
+def stored_array(array: pa.ChunkedArray, column: Column) -> Array:
+    """One column of an opened shard: [N], or [N, T] where it holds tensors. Copies nothing that it need not.
+
+    Raises:
+        InputError: not in the stored form of this column.
+    """
+    if column.type != "tensor":
+        return np.asarray(array.to_numpy())
+    if array.type != pa.binary(column.tensor_bytes):
+        raise InputError(f"column '{column.name}' is not in its stored form", "read it with the same schema")
+    whole = array.combine_chunks()
+    dtype = np.dtype(str(column.dtype)).newbyteorder("<")
+    width = column.tensor_bytes // dtype.itemsize
+    if len(whole) == 0:
+        return np.zeros((0, width), dtype)
+    start = whole.offset * column.tensor_bytes
+    return np.frombuffer(whole.buffers()[1], dtype, len(whole) * width, start).reshape(-1, width)
 
 
 class FeatureEncoder:
@@ -38,7 +62,9 @@ class FeatureEncoder:
         self._codes = {c.name: {value: i for i, value in enumerate(c.values)} for c in self.columns if c.values}
 
     def encode(self, columns: Mapping[str, Array]) -> npt.NDArray[np.float32]:
-        """Stored columns (codes, integers, floats) to inputs [N, D]; columns that are no features are ignored.
+        """Stored columns (codes, integers, floats, tensors as `stored_array` gives them) to inputs [N, D].
+
+        Columns that are no features are ignored.
 
         Raises:
             InputError: a column is missing, of another length or outside its public domain.
@@ -53,6 +79,8 @@ class FeatureEncoder:
         for column, array in zip(self.columns, arrays, strict=True):
             if column.values is not None:
                 inputs_ND[every_row, offset + array.astype(np.int64)] = 1.0
+            elif column.type == "tensor":
+                _scale_tensor(column, array, inputs_ND[:, offset : offset + _width(column)])
             else:
                 numbers = array.astype(np.float64)
                 inputs_ND[:, offset] = _scaled(column, numbers)
@@ -77,7 +105,12 @@ class FeatureEncoder:
             if column.name not in columns:
                 raise InputError(f"column '{column.name}' is missing", "inputs: " + ", ".join(names))
             values = columns[column.name]
-            parsed[column.name] = self._parse_codes(column, values) if column.values else _parse_numbers(column, values)
+            if column.type == "tensor":
+                parsed[column.name] = _parse_tensor(column, values)
+            else:
+                parsed[column.name] = (
+                    self._parse_codes(column, values) if column.values else _parse_numbers(column, values)
+                )
         if len({len(array) for array in parsed.values()}) > 1:
             raise InputError("the columns differ in length", "send the same number of rows in every column")
         return parsed
@@ -96,11 +129,13 @@ class FeatureEncoder:
         if column.name not in columns:
             raise InputError(f"column '{column.name}' is missing", "open every column that the model was trained on")
         array = np.asarray(columns[column.name])
-        if column.values is not None:
+        if column.type == "tensor":
+            good = array.shape[1:] == (_width(column),) and array.dtype == column.dtype and _all_inside(column, array)
+        elif column.values is not None:
             good = array.dtype.kind in "iu" and _all_below(array.astype(np.int64), len(column.values))
         else:
             good = array.dtype.kind in "iuf" and _first_outside(column, array.astype(np.float64)) is None
-        if not good or array.ndim != 1:
+        if not good or array.ndim != (2 if column.type == "tensor" else 1):
             raise InputError(f"column '{column.name}' is not in its stored form", "read it with the same schema")
         return array
 
@@ -128,6 +163,68 @@ def _parse_numbers(column: Column, values: Sequence[object] | Array) -> Array:
             raise InputError(f"column '{column.name}', index {fractional[0]}: not an integer", "send a whole number")
         return numbers.astype(np.int32)
     return numbers.astype(np.float32)
+
+
+def _parse_tensor(column: Column, values: Sequence[object] | Array) -> Array:
+    """Numbers of shape [N, T] or [N, *shape] to the stored form [N, T]."""
+    assert column.shape is not None  # noqa: S101 - the schema gives every tensor column a shape
+    try:
+        array = np.asarray(values)
+    except ValueError:  # rows of different lengths; raised outside, since the text may quote them
+        array = np.zeros(0)
+    width = _width(column)
+    if array.shape[1:] not in ((width,), column.shape) or array.dtype.kind not in "iuf":
+        shape = ", ".join(str(size) for size in column.shape)
+        raise InputError(
+            f"column '{column.name}' is not a tensor of numbers", f"its shape is [N, {shape}] or [N, {width}]"
+        )
+    flat, dtype = array.reshape(len(array), width), np.dtype(str(column.dtype))
+    if dtype.kind == "f":
+        with np.errstate(over="ignore"):  # becomes infinite, and is refused below
+            flat = flat.astype(dtype)
+    index_outside = _first_row_outside(column, flat)
+    if index_outside is not None:
+        assert column.bounds is not None  # noqa: S101 - the schema gives every numeric column bounds
+        raise InputError(
+            f"column '{column.name}', index {index_outside}: an element outside the declared bounds",
+            f"bounds: {column.bounds[0]:g} to {column.bounds[1]:g}",
+        )
+    if dtype.kind != "f" and flat.dtype.kind == "f":
+        fractional = np.flatnonzero((flat != np.floor(flat)).any(axis=1))
+        if len(fractional):
+            raise InputError(f"column '{column.name}', index {fractional[0]}: not integers", "send whole numbers")
+    return flat.astype(dtype)
+
+
+def _all_inside(column: Column, tensors_NT: npt.NDArray[Any]) -> bool:
+    if tensors_NT.size == 0:
+        return True
+    low, high = _bounds_as(column, tensors_NT.dtype)
+    # A NaN makes both extremes NaN, and fails both comparisons.
+    return bool(tensors_NT.min() >= low and tensors_NT.max() <= high)
+
+
+def _first_row_outside(column: Column, tensors_NT: npt.NDArray[Any]) -> int | None:
+    if _all_inside(column, tensors_NT):
+        return None
+    low, high = _bounds_as(column, tensors_NT.dtype)
+    return int((~((tensors_NT >= low) & (tensors_NT <= high))).any(axis=1).argmax())
+
+
+def _bounds_as(column: Column, dtype: np.dtype[Any]) -> tuple[float, float]:
+    """The bounds, widened to the nearest numbers of a floating-point type: what was stored rounded stays inside."""
+    assert column.bounds is not None  # noqa: S101 - the schema gives every numeric column bounds
+    low, high = column.bounds
+    if dtype.kind != "f":
+        return low, high
+    return min(low, float(dtype.type(low))), max(high, float(dtype.type(high)))
+
+
+def _scale_tensor(column: Column, tensors_NT: Array, out_NT: npt.NDArray[np.float32]) -> None:
+    rows = max(1, _BLOCK_ELEMENTS // tensors_NT.shape[1])
+    for start in range(0, len(tensors_NT), rows):
+        block = slice(start, start + rows)
+        out_NT[block] = _scaled(column, tensors_NT[block].astype(np.float64))
 
 
 def _all_below(codes: npt.NDArray[np.int64], count: int) -> bool:
@@ -166,6 +263,8 @@ def _bins(column: Column) -> tuple[float, ...]:
 
 
 def _width(column: Column) -> int:
+    if column.shape is not None:
+        return math.prod(column.shape)
     if column.values is not None:
         return len(column.values)
     return 1 + (len(_bins(column)) + 1 if _bins(column) else 0)

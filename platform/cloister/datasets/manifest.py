@@ -1,6 +1,6 @@
 """What a sealed dataset version is: which files it has, what each file's bytes hash to, which schema they follow.
 
-Guarantees: the digest covers schema, files, row counts and parents, so a manifest that verifies under the owner's
+Guarantees: the digest covers schema, files, row counts and lineage, so a manifest that verifies under the owner's
 signature fixes every byte of the version. Holds no key and no row.
 """
 
@@ -14,19 +14,22 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from cloister.canonical import digest
 from cloister.errors import InputError
 
-MANIFEST_PREDICATE = "https://cloister.dev/dataset/v1"  # in-toto predicate type of a signed manifest
+MANIFEST_PREDICATE = "https://cloister.dev/dataset/v2"  # in-toto predicate type of a signed manifest
 NAME_PATTERN = r"^[a-z][a-z0-9-]{0,62}$"
 _REFERENCE = re.compile(r"([a-z][a-z0-9-]{0,62})@([1-9][0-9]{0,8})")
 
 
 class SealedFile(BaseModel):
-    """One (shard, class) file. `sha256` is of the sealed bytes, so it can be checked without any key."""
+    """One file of a shard. `sha256` is of the sealed bytes, so it can be checked without any key."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     shard: str = Field(pattern=r"^[a-z0-9-]{1,40}$")
+    sealed_in: int = Field(ge=1)
+    """The version that it was sealed in, and whose name its bytes are bound to: later versions may list it too."""
     role: Literal["train", "holdout"]
-    sensitivity: Literal["public", "internal", "confidential", "restricted"]
+    part: Literal["public", "internal", "confidential", "restricted", "index"]
+    """The sensitivity class of its columns, or the subject index."""
     columns: tuple[str, ...] = Field(min_length=1, max_length=10_000)
     rows: int = Field(ge=0)
     path: str = Field(max_length=300)
@@ -35,8 +38,28 @@ class SealedFile(BaseModel):
 
     @property
     def key_name(self) -> str:
-        """The name of this file's data key: `shard/class`."""
-        return f"{self.shard}/{self.sensitivity}"
+        """The name of this file's data key among those of the version that it was sealed in: `shard/part`."""
+        return f"{self.shard}/{self.part}"
+
+    @property
+    def ref(self) -> str:
+        """What names this file in its dataset, over all versions: `sealed_in/shard/part`."""
+        return f"{self.sealed_in}/{self.key_name}"
+
+
+class Lineage(BaseModel):
+    """Where a version came from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["seal", "append", "erase", "rectify"]
+    parents: tuple[str, ...] = Field(default=(), max_length=100)
+    """The versions it was made from, as `name@version`; of a seal, other datasets that its owner named."""
+    code: str = Field(pattern=r"^sha256:[0-9a-f]{64}$")
+    """Digest of the Cloister code that made it."""
+    rows_before: int = Field(ge=0)
+    """Of the first parent of the same name."""
+    rows_after: int = Field(ge=0)
 
 
 class DatasetManifest(BaseModel):
@@ -44,20 +67,24 @@ class DatasetManifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: Literal["cloister.dev/dataset/v1"] = "cloister.dev/dataset/v1"
+    format: Literal["cloister.dev/dataset/v2"] = "cloister.dev/dataset/v2"
     name: str = Field(pattern=NAME_PATTERN)
     version: int = Field(ge=1)
     dataset_schema: dict[str, Any]
     files: tuple[SealedFile, ...] = Field(min_length=1, max_length=100_000)
-    parents: tuple[str, ...] = ()
+    lineage: Lineage
 
     @property
     def digest(self) -> str:
-        return digest("cloister.dev/dataset/v1", self.model_dump(mode="json"))
+        return digest("cloister.dev/dataset/v2", self.model_dump(mode="json"))
 
     def rows(self, role: Literal["train", "holdout"]) -> int:
         """Number of rows in the shards of one role. Public: the owner publishes it in the manifest."""
         return sum({file.shard: file.rows for file in self.files if file.role == role}.values())
+
+    @property
+    def all_rows(self) -> int:
+        return self.rows("train") + self.rows("holdout")
 
     def shards(self, role: Literal["train", "holdout"]) -> tuple[str, ...]:
         return tuple(sorted({file.shard for file in self.files if file.role == role}))
@@ -77,6 +104,8 @@ class DatasetManifest(BaseModel):
         names = [file.key_name for file in manifest.files]
         if len(set(names)) != len(names) or len({file.path for file in manifest.files}) != len(names):
             raise InputError("the dataset manifest lists a file twice", "seal the data again")
+        if any(file.sealed_in > manifest.version for file in manifest.files):
+            raise InputError("the dataset manifest lists a file of a later version", "seal the data again")
         return manifest
 
 

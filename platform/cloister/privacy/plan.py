@@ -32,12 +32,14 @@ class PrivacyPlan:
     sample_rate: float
     steps: int
     rows: int
+    rows_per_unit: int = 1
+    """How many rows the unit of privacy may own: epsilon and delta are promised to it, not to each row."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.sample_rate <= 1.0:
             raise InputError("the sample rate of a plan lies in (0, 1]", "lower expected_batch_size")
-        if self.steps < 1 or self.rows < 1:
-            raise InputError("a plan needs at least one row and one step", "raise epochs")
+        if self.steps < 1 or self.rows < 1 or self.rows_per_unit < 1:
+            raise InputError("a plan needs at least one row, a step and a row for each unit", "raise epochs")
         if not 0.0 < self.max_grad_norm < math.inf or not 0.0 <= self.noise_multiplier < math.inf:
             raise InputError("clipping norm and noise multiplier are finite and positive", "make the plan again")
 
@@ -53,7 +55,7 @@ class PrivacyPlan:
 
     def epsilon_after(self, steps: int) -> float:
         """The certified epsilon once this many steps have been released, redone ones counted again."""
-        return accounting.epsilon(self.noise_multiplier, self.sample_rate, steps, self.delta)
+        return accounting.epsilon(self.noise_multiplier, self.sample_rate, steps, self.delta, self.rows_per_unit)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -65,11 +67,11 @@ class PrivacyPlan:
         Raises:
             InputError: a field is missing, unknown or of the wrong type.
         """
-        if set(values) != {field.name for field in fields(cls)}:
+        plan = {"rows_per_unit": 1, **values}  # plans of before there were units have none
+        if set(plan) != {field.name for field in fields(cls)}:
             raise InputError("this is not a privacy plan", "make the plan again with `cloister train plan`")
-        plan = {name: values[name] for name in values}
         for name, value in plan.items():
-            whole = name in ("steps", "rows")
+            whole = name in ("steps", "rows", "rows_per_unit")
             if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
                 raise InputError(f"field '{name}' of the privacy plan has the wrong type", "make the plan again")
             plan[name] = value if whole else float(value)
@@ -77,9 +79,16 @@ class PrivacyPlan:
 
 
 def make_plan(
-    *, epsilon: float, delta: float, max_grad_norm: float, epochs: float, expected_batch_size: int, rows: int
+    *,
+    epsilon: float,
+    delta: float,
+    max_grad_norm: float,
+    epochs: float,
+    expected_batch_size: int,
+    rows: int,
+    rows_per_unit: int = 1,
 ) -> PrivacyPlan:
-    """The plan for these spec fields over `rows` training rows.
+    """The plan for these spec fields over `rows` training rows, of which one unit owns up to `rows_per_unit`.
 
     Raises:
         InputError: the fields do not fit the number of rows or no noise reaches the target.
@@ -96,16 +105,17 @@ def make_plan(
     sample_rate = expected_batch_size / rows
     steps = max(1, round(epochs / sample_rate))
     try:
-        noise_multiplier = accounting.noise_multiplier_for(epsilon, delta, sample_rate, steps)
+        noise_multiplier = accounting.noise_multiplier_for(epsilon, delta, sample_rate, steps, rows_per_unit)
     except ValueError as error:
         raise InputError("no amount of noise reaches this epsilon", "raise epsilon or lower epochs") from error
     return PrivacyPlan(
         epsilon=epsilon,
         delta=delta,
-        epsilon_certified=accounting.epsilon(noise_multiplier, sample_rate, steps, delta),
+        epsilon_certified=accounting.epsilon(noise_multiplier, sample_rate, steps, delta, rows_per_unit),
         noise_multiplier=noise_multiplier,
         max_grad_norm=max_grad_norm,
         sample_rate=sample_rate,
         steps=steps,
         rows=rows,
+        rows_per_unit=rows_per_unit,
     )

@@ -20,6 +20,7 @@ KEY_BYTES = 32
 NONCE_BYTES = 12  # NIST SP 800-38D, section 8.2.2: a random nonce of 96 bits
 TAG_BYTES = 16
 VERSION = b"\x01"
+KEY_VERSION_BYTES = 4
 WRAPPED_BYTES = len(VERSION) + NONCE_BYTES + KEY_BYTES + TAG_BYTES
 _LABEL = b"cloister.dev/envelope/v1\x00"
 
@@ -59,6 +60,37 @@ def unwrap_key(kek: bytes, wrapped: bytes, associated_data: bytes) -> bytes:
             "the wrapped key does not open: it was changed, moved, or sealed under another key-encryption key",
             "check which key-encryption key is active, or restore the row from a backup",
         ) from None
+
+
+def wrap_named(kek: bytes, key: bytes, associated_data: bytes, *, name: str, version: int) -> bytes:
+    """As `wrap_key`, under version `version` of the key called `name`, which is bound too; the version is in front.
+
+    Raises:
+        InputError: as `wrap_key`.
+    """
+    number = version.to_bytes(KEY_VERSION_BYTES, "big")
+    return number + wrap_key(kek, key, _named(name, number, associated_data))
+
+
+def key_version(wrapped: bytes) -> int:
+    """Under which version of its key something was wrapped. What it says is only bound once it was opened.
+
+    Raises:
+        IntegrityError: these are no bytes of `wrap_named`.
+    """
+    if len(wrapped) != KEY_VERSION_BYTES + WRAPPED_BYTES:
+        raise IntegrityError("this is not a wrapped key of a known version", "restore the row from a backup")
+    return int.from_bytes(wrapped[:KEY_VERSION_BYTES], "big")
+
+
+def unwrap_named(kek: bytes, wrapped: bytes, associated_data: bytes, *, name: str) -> bytes:
+    """The key that `wrap_named` sealed. Raises as `unwrap_key`."""
+    number = key_version(wrapped).to_bytes(KEY_VERSION_BYTES, "big")
+    return unwrap_key(kek, wrapped[KEY_VERSION_BYTES:], _named(name, number, associated_data))
+
+
+def _named(name: str, number: bytes, associated_data: bytes) -> bytes:
+    return name.encode() + b"\x00" + number + associated_data
 
 
 def _cipher(kek: bytes) -> AESGCM:

@@ -13,6 +13,11 @@ def data_keys(manifest_digest: str) -> bytes:
     return canonical_json({"use": "cloister.dev/data-keys/v1", "manifest": manifest_digest})
 
 
+def sealing(name: str, version: int) -> bytes:
+    """The authority hands an owner what making the coming version of a dataset takes: keys of subjects and files."""
+    return canonical_json({"use": "cloister.dev/sealing/v1", "dataset": name, "version": version})
+
+
 def training_lease(run: str, rank: int) -> bytes:
     """The authority hands one rank of a run the keys of its shards."""
     return canonical_json({"use": "cloister.dev/training-lease/v1", "run": run, "rank": rank})

@@ -27,18 +27,22 @@ MAGIC = b"PARE"  # Parquet format, Encryption.md section 5.1: encrypted footer m
 # comes from the reader. It is the one part of such a file that no tag covers, so anything else is refused.
 _CRYPTO_METADATA = (b"\x1c\x1c\x28\x08", b"\x11\x00\x00\x00")
 _FILE_UNIQUE_BYTES = 8
-_AAD_LABEL = b"cloister.dev/shard/v1\x00"
+# What a page holds: large enough that its tag and header cost nothing, small enough to stay in a core's cache between
+# decrypting and decoding, which reads wide rows about 1.5 times faster.
+_PAGE_BYTES = 1 << 19
+_AAD_LABEL = b"cloister.dev/shard/v2\x00"
 
 
-def shard_aad(dataset: str, version: int, cls: str, shard: str) -> bytes:
-    """The AAD prefix of one shard: what it is, so that it cannot pass for another.
+def shard_aad(dataset: str, version: int, part: str, shard: str, region: str) -> bytes:
+    """The AAD prefix of one file: what it is and where it belongs, so that it cannot pass for another.
 
     Raises:
         InputError: an empty name or a version below one.
     """
-    if not dataset or not cls or not shard or version < 1:
-        raise InputError("a shard needs a dataset, a version from 1 up, a class and a shard name", "name all four")
-    return _AAD_LABEL + canonical_json({"class": cls, "dataset": dataset, "shard": shard, "version": version})
+    if not dataset or not part or not shard or not region or version < 1:
+        raise InputError("a shard has a dataset, a version from 1 up, a part, a name and a region", "name all five")
+    named = {"dataset": dataset, "part": part, "region": region, "shard": shard, "version": version}
+    return _AAD_LABEL + canonical_json(named)
 
 
 def seal_table(table: pa.Table, key: bytes, aad: bytes) -> bytes:
@@ -51,19 +55,7 @@ def seal_table(table: pa.Table, key: bytes, aad: bytes) -> bytes:
     properties = pe.create_encryption_properties(
         key, aad_prefix=aad, store_aad_prefix=False, encryption_algorithm="AES_GCM_V1", plaintext_footer=False
     )
-    sink = pa.BufferOutputStream()
-    try:
-        pq.write_table(
-            table,
-            sink,
-            encryption_properties=properties,
-            compression="NONE",  # tensors do not shrink, and reading them is five times faster
-            use_dictionary=[field.name for field in table.schema if pa.types.is_string(field.type)],
-            write_statistics=False,
-        )
-    except (pa.ArrowException, OSError, ValueError):
-        raise InputError("this table cannot be written as Parquet", "use flat columns of plain types") from None
-    return bytes(sink.getvalue())
+    return _written(table, properties)
 
 
 def open_table(sealed: bytes | pa.Buffer, key: bytes, aad: bytes, columns: list[str] | None = None) -> pa.Table:
@@ -86,12 +78,45 @@ def open_table(sealed: bytes | pa.Buffer, key: bytes, aad: bytes, columns: list[
         known = set(file.schema_arrow.names)
         if columns is not None and not known.issuperset(columns):
             raise InputError("the shard does not have every column that was asked for", "compare with the schema")
-        return file.read(columns=columns, use_threads=False)
+        found = file.read(columns=columns, use_threads=False)
+        return pa.Table.from_arrays(found.columns, names=found.column_names)  # nullable, as tables usually are
     except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError):
         raise IntegrityError(
             "the sealed shard does not open: it was changed, cut, swapped, or sealed under another key",
             "run `cloister data verify`; restore the blob from a backup",
         ) from None
+
+
+def _written(table: pa.Table, properties: pe.FileEncryptionProperties | None) -> bytes:
+    sink = pa.BufferOutputStream()
+    try:
+        pq.write_table(
+            _without_nulls(table),
+            sink,
+            encryption_properties=properties,
+            compression="NONE",  # tensors do not shrink, and reading them is five times faster
+            use_dictionary=[field.name for field in table.schema if pa.types.is_string(field.type)],
+            write_statistics=False,
+            data_page_size=_PAGE_BYTES,
+            write_batch_size=_rows_at_once(table.schema),
+        )
+    except (pa.ArrowException, OSError, ValueError):
+        raise InputError("this table cannot be written as Parquet", "use flat columns of plain types") from None
+    return bytes(sink.getvalue())
+
+
+def _without_nulls(table: pa.Table) -> pa.Table:
+    """The same columns, those without a gap marked so: without definition levels they are read twice as fast."""
+    fields = [
+        field.with_nullable(column.null_count > 0) for field, column in zip(table.schema, table.columns, strict=True)
+    ]
+    return pa.Table.from_arrays(table.columns, schema=pa.schema(fields, table.schema.metadata))
+
+
+def _rows_at_once(schema: pa.Schema) -> int:
+    """Rows between two looks at a page's size. It is looked at no more often, so wide rows would make huge pages."""
+    widest = max((field.type.byte_width for field in schema if pa.types.is_fixed_size_binary(field.type)), default=1)
+    return min(1024, max(1, _PAGE_BYTES // widest))
 
 
 def _check(key: bytes, aad: bytes) -> None:

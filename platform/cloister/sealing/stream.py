@@ -4,8 +4,8 @@ Hoang, Reyhanitabar, Rogaway, Vizár, "Online Authenticated-Encryption and its N
 with the nonce layout of the age file format (C2SP age, "Payload").
 
 Guarantees: a changed, cut, extended or reordered file is refused; a file under another context (another model,
-another run) is refused; no plaintext is released before every chunk has been checked; a key may seal any number of
-files, because each file has its own subkey, derived with a random 256-bit salt.
+another run) is refused; no plaintext is released before every chunk has been checked (but by `OpeningStream`, which
+says so); a key may seal any number of files, because each file has its own subkey, derived with a random 256-bit salt.
 
 Does not guarantee: hiding the length of the plaintext; commitment to the key (AES-GCM does not commit: whoever knows
 two keys can make a file that opens under both); freshness (an old file under the same context still opens).
@@ -86,10 +86,7 @@ def open_into(
             cipher.decrypt_into(_nonce(index, index == last), chunk, aad, out[start : start + len(chunk) - TAG_BYTES])
     except InvalidTag:
         out[:] = bytes(size)
-        raise IntegrityError(
-            "the sealed file does not open: it was changed, cut, moved, or sealed under another key",
-            "fetch it again; if it still does not open, do not use it and look at the audit log",
-        ) from None
+        raise _broken() from None
     return size
 
 
@@ -100,17 +97,129 @@ def plaintext_bytes(sealed: bytes | bytearray | memoryview) -> int:
         IntegrityError: not a sealed file of a known version, or a length that no sealed file has.
     """
     view = memoryview(sealed).cast("B")
-    if bytes(view[: len(MAGIC)]) != MAGIC:
-        raise IntegrityError("this is not a sealed file", "name a file that Cloister sealed")
-    if bytes(view[len(MAGIC) : len(MAGIC) + 1]) != VERSION:
-        raise IntegrityError("this sealed file has an unknown version", "upgrade Cloister")
+    _check_header(bytes(view[:HEADER_BYTES]))
     body = len(view) - HEADER_BYTES
     chunks = -(-body // _SEALED_CHUNK_BYTES)
     last = body - (chunks - 1) * _SEALED_CHUNK_BYTES
     # Only the empty file has an empty chunk: one plaintext length has one sealed length.
     if chunks < 1 or last < TAG_BYTES or (last == TAG_BYTES and chunks > 1):
-        raise IntegrityError("this sealed file is cut short", "fetch it again")
+        raise _cut()
     return body - chunks * TAG_BYTES
+
+
+def _check_header(header: bytes) -> None:
+    if not header.startswith(MAGIC):
+        raise IntegrityError("this is not a sealed file", "name a file that Cloister sealed")
+    if header[len(MAGIC) : len(MAGIC) + 1] != VERSION:
+        raise IntegrityError("this sealed file has an unknown version", "upgrade Cloister")
+
+
+def _cut() -> IntegrityError:
+    return IntegrityError("this sealed file is cut short", "fetch it again")
+
+
+def _broken() -> IntegrityError:
+    return IntegrityError(
+        "the sealed file does not open: it was changed, cut, moved, or sealed under another key",
+        "fetch it again; if it still does not open, do not use it and look at the audit log",
+    )
+
+
+class SealingStream:
+    """Seals what comes in pieces, in constant memory: the same format, byte for byte, as `seal`."""
+
+    def __init__(self, key: bytes, context: Mapping[str, str]) -> None:
+        """Raises InputError as `seal`."""
+        header = MAGIC + VERSION + os.urandom(SALT_BYTES)
+        self._chunks = _Chunks(CHUNK_BYTES, key, header, context)
+        self._out = header
+
+    def update(self, plaintext: bytes | bytearray | memoryview) -> bytes:
+        """The sealed bytes that are ready once `plaintext` has come too."""
+        return self._take() + b"".join(map(self._chunks.sealed, self._chunks.add(plaintext)))
+
+    def finish(self) -> bytes:
+        """The rest of the sealed bytes. Nothing can come after."""
+        return self._take() + self._chunks.sealed(self._chunks.last(), final=True)
+
+    def _take(self) -> bytes:
+        out, self._out = self._out, b""
+        return out
+
+
+class OpeningStream:
+    """Opens what comes in pieces, in constant memory.
+
+    What `update` returns has been authenticated chunk by chunk, but only `finish` says that it was the whole: do
+    nothing that cannot be undone before.
+    """
+
+    def __init__(self, key: bytes, context: Mapping[str, str]) -> None:
+        self._key, self._context = key, dict(context)
+        self._header = b""
+        self._chunks: _Chunks | None = None
+
+    def update(self, sealed: bytes | bytearray | memoryview) -> bytes:
+        """The plaintext that is known once `sealed` has come too.
+
+        Raises:
+            InputError: as `open_sealed`.
+            IntegrityError: another key, another context, or changed or reordered bytes.
+        """
+        view = memoryview(sealed).cast("B")
+        if self._chunks is None:
+            missing = HEADER_BYTES - len(self._header)
+            self._header += bytes(view[:missing])
+            if len(self._header) < HEADER_BYTES:
+                return b""
+            _check_header(self._header)
+            self._chunks = _Chunks(_SEALED_CHUNK_BYTES, self._key, self._header, self._context)
+            view = view[missing:]
+        return b"".join(map(self._chunks.opened, self._chunks.add(view)))
+
+    def finish(self) -> bytes:
+        """The rest of the plaintext.
+
+        Raises:
+            IntegrityError: as `update`; or the file is cut.
+        """
+        if self._chunks is None:
+            raise _cut()
+        last = self._chunks.last()
+        if len(last) < TAG_BYTES or (len(last) == TAG_BYTES and self._chunks.count):
+            raise _cut()
+        return self._chunks.opened(last, final=True)
+
+
+class _Chunks:
+    """Cuts pieces into chunks of `size` bytes, always keeping the last one back: only it is sealed as the last."""
+
+    def __init__(self, size: int, key: bytes, header: bytes, context: Mapping[str, str]) -> None:
+        self._size = size
+        self._cipher, self._aad = _cipher(key, header), _aad(header, context)
+        self._kept = bytearray()
+        self.count = 0
+
+    def add(self, piece: bytes | bytearray | memoryview) -> list[bytes]:
+        self._kept += piece
+        whole = max(0, (len(self._kept) - 1) // self._size)
+        chunks = [bytes(self._kept[index * self._size : (index + 1) * self._size]) for index in range(whole)]
+        del self._kept[: whole * self._size]
+        return chunks
+
+    def last(self) -> bytes:
+        return bytes(self._kept)
+
+    def sealed(self, chunk: bytes, final: bool = False) -> bytes:
+        self.count += 1
+        return self._cipher.encrypt(_nonce(self.count - 1, final), chunk, self._aad)
+
+    def opened(self, chunk: bytes, final: bool = False) -> bytes:
+        self.count += 1
+        try:
+            return self._cipher.decrypt(_nonce(self.count - 1, final), chunk, self._aad)
+        except InvalidTag:
+            raise _broken() from None
 
 
 def _seal_with_header(

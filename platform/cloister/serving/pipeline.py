@@ -23,6 +23,7 @@ from typing import Any, NoReturn, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from cloister.datasets.schema import Column
 from cloister.errors import AuthenticationError, NotFoundError
 from cloister.serving import tables
 from cloister.serving.quota import Quota
@@ -35,8 +36,10 @@ DATATYPES: Mapping[str, frozenset[str]] = {
     "category": frozenset({"BYTES"}),
     "integer": frozenset({"INT64", "INT32"}),
     "number": frozenset({"FP64", "FP32", "INT64", "INT32"}),  # a whole number is a number
+    "tensor": frozenset({"FP64", "FP32", "INT64", "INT32", "INT16", "INT8", "UINT8"}),
 }
 _PREFERRED = {"category": "BYTES", "integer": "INT64", "number": "FP64"}
+_PREFERRED_OF_TENSORS = {"uint8": "UINT8", "int8": "INT8", "int16": "INT16", "int32": "INT32"}  # others: FP32
 
 
 class Authorizer(Protocol):
@@ -85,6 +88,7 @@ class Pipeline:
         self._decimals = decimals
         self._clock = clock
         self._datatypes = {column.name: DATATYPES[column.type] for column in model.encoder.columns}
+        self._shapes = {column.name: column.shape for column in model.encoder.columns if column.shape is not None}
 
     @property
     def version(self) -> str:
@@ -124,7 +128,7 @@ class Pipeline:
             InputError, QuotaExceededError, UnavailableError
         """
         encoder = self._model.encoder
-        request = tables.read_request(body, self._datatypes)  # 4
+        request = tables.read_request(body, self._datatypes, self._shapes)  # 4
         features_ND = encoder.encode(encoder.parse_request(request.columns))  # noqa: N806  (shapes)
         await self._quota.take(claims.subject, request.rows)  # 5
         labels, probabilities = self._filtered(self._model.scorer.probabilities(features_ND))  # 6, 7
@@ -143,7 +147,7 @@ class Pipeline:
             "name": self._model.manifest.name,
             "versions": [self.version],
             "platform": "onnx_onnxv1",
-            "inputs": [{"name": c.name, "datatype": _PREFERRED[c.type], "shape": [-1]} for c in columns],
+            "inputs": [_input(column) for column in columns],
             "outputs": [
                 {"name": "label", "datatype": tables.OUTPUTS["label"], "shape": [-1]},
                 {"name": "probability", "datatype": tables.OUTPUTS["probability"], "shape": [-1, 1]},
@@ -157,3 +161,12 @@ class Pipeline:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a pipeline holds a decrypted model and never leaves its process")
+
+
+def _input(column: Column) -> dict[str, Any]:
+    """One input in the protocol's model metadata."""
+    if column.shape is not None:
+        datatype = _PREFERRED_OF_TENSORS.get(str(column.dtype), "FP32")
+    else:
+        datatype = _PREFERRED[column.type]
+    return {"name": column.name, "datatype": datatype, "shape": [-1, *(column.shape or ())]}

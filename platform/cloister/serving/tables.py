@@ -2,7 +2,8 @@
 
 Guarantees: `read_request` returns exactly the columns that the model takes, all with the same 1 to `MAX_ROWS` rows,
 every value of the JSON type that its datatype promises, every number finite. A refusal names the column, never a
-value. Not checked here: bounds and categories; the feature encoder does that.
+value. Not checked here: bounds and categories; the feature encoder does that. A column whose rows are tensors
+themselves may be sent as [N, its shape…] or [N, its number of elements], flat or nested.
 
 Spec: https://github.com/open-inference/open-inference-protocol, `specification/protocol/inference_rest.md`. Of the
 extensions none is implemented; a request with binary tensors is refused.
@@ -16,6 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import numpy as np
+import numpy.typing as npt
+
 from cloister.errors import InputError
 
 MAX_BODY_BYTES = 1 << 20
@@ -23,8 +27,14 @@ MAX_ROWS = 1024
 MAX_TEXT_CHARS = 1024
 OUTPUTS = {"label": "BYTES", "probability": "FP64"}
 
-_INTEGER_BOUND = {"INT32": 2**31, "INT64": 2**63}
+_INTEGERS = {
+    "UINT8": (0, 2**8), "INT8": (-(2**7), 2**7), "INT16": (-(2**15), 2**15), "INT32": (-(2**31), 2**31),
+    "INT64": (-(2**63), 2**63),
+}  # fmt: skip
 _FLOATS = frozenset({"FP32", "FP64"})
+
+Values = Sequence[object] | npt.NDArray[np.generic]
+"""One column: a list [N], or an array [N, elements] where its rows are tensors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,12 +43,14 @@ class TableRequest:
 
     id: str | None
     rows: int
-    columns: Mapping[str, Sequence[object]]
+    columns: Mapping[str, Values]
     outputs: tuple[str, ...]
 
 
-def read_request(body: bytes, datatypes: Mapping[str, frozenset[str]]) -> TableRequest:
-    """Read a body. `datatypes` says for every column which datatypes it may be sent as.
+def read_request(
+    body: bytes, datatypes: Mapping[str, frozenset[str]], shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> TableRequest:
+    """Read a body. `datatypes` says for every column which datatypes it may be sent as, `shapes` which are tensors.
 
     Raises:
         InputError: the body breaks a rule; the message names the column where there is one.
@@ -54,9 +66,9 @@ def read_request(body: bytes, datatypes: Mapping[str, frozenset[str]]) -> TableR
     _no_parameters(request, "the request", allowed={"binary_data_output"})
     if not isinstance(request["inputs"], list):
         raise InputError("`inputs` must be a list of tensors, one per column")
-    columns: dict[str, Sequence[object]] = {}
+    columns: dict[str, Values] = {}
     for tensor in request["inputs"]:
-        name, values = _column(tensor, datatypes)
+        name, values = _column(tensor, datatypes, shapes or {})
         if name in columns:
             raise InputError(f"column `{name}` is sent twice")
         columns[name] = values
@@ -92,7 +104,9 @@ def write_response(
     return response
 
 
-def _column(tensor: Any, datatypes: Mapping[str, frozenset[str]]) -> tuple[str, Sequence[object]]:
+def _column(
+    tensor: Any, datatypes: Mapping[str, frozenset[str]], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[str, Values]:
     if not isinstance(tensor, dict) or not isinstance(tensor.get("name"), str):
         raise InputError("every input must be a tensor with a `name`")
     name = tensor["name"]
@@ -106,6 +120,8 @@ def _column(tensor: Any, datatypes: Mapping[str, frozenset[str]]) -> tuple[str, 
         raise InputError(f"{what} must be sent as {' or '.join(sorted(datatypes[name]))}")
     if not isinstance(data, list):
         raise InputError(f"{what}: `data` must be a list")
+    if name in shapes:
+        return name, _tensors(what, shape, datatype, data, shapes[name])
     if not isinstance(shape, list) or not 1 <= len(shape) <= 2 or any(type(size) is not int for size in shape):
         raise InputError(f"{what}: `shape` must be [N] or [N, 1]")
     if shape[1:] not in ([], [1]):
@@ -119,13 +135,41 @@ def _column(tensor: Any, datatypes: Mapping[str, frozenset[str]]) -> tuple[str, 
     return name, data
 
 
+def _tensors(what: str, shape: Any, datatype: str, data: list[Any], row: tuple[int, ...]) -> Values:
+    """The rows of a tensor column: [N, elements], float64 for floating-point datatypes, else int64."""
+    elements = math.prod(row)
+    if not isinstance(shape, list) or any(type(size) is not int for size in shape) or shape[1:] not in (
+        [elements], list(row)
+    ):  # fmt: skip
+        raise InputError(f"{what}: `shape` must be [N, {', '.join(map(str, row))}] or [N, {elements}]")
+    for index, size in enumerate(shape):
+        if index and data and type(data[0]) is not list:
+            break  # the protocol allows nested as well as flat data
+        if index:
+            if any(type(inner) is not list or len(inner) != size for inner in data):
+                raise InputError(f"{what}: `data` is not nested as `shape` says")
+            data = [value for inner in data for value in inner]
+    if len(data) != shape[0] * elements:
+        raise InputError(f"{what}: `shape` says {shape[0] * elements} values, `data` holds {len(data)}")
+    kinds = set(map(type, data))  # a loop over values in Python would take most of the time of a request
+    if kinds <= {int, float} and (float not in kinds or datatype in _FLOATS):
+        try:
+            values = np.array(data, dtype=np.float64 if datatype in _FLOATS else np.int64).reshape(shape[0], elements)
+        except OverflowError:
+            values = np.array([[math.inf]])
+        low, high = _INTEGERS.get(datatype, (-math.inf, math.inf))
+        if values.size == 0 or (np.isfinite(values).all() and low <= values.min() and values.max() < high):
+            return values
+    raise InputError(f"{what} holds a value that is not {datatype}")
+
+
 def _fits(value: object, datatype: str) -> bool:
     if datatype == "BYTES":
         return type(value) is str and len(value) <= MAX_TEXT_CHARS
     if datatype in _FLOATS:
         return (type(value) is float and math.isfinite(value)) or (type(value) is int and abs(value) <= 2**53)
-    bound = _INTEGER_BOUND[datatype]
-    return type(value) is int and -bound <= value < bound
+    low, high = _INTEGERS[datatype]
+    return type(value) is int and low <= value < high
 
 
 def _outputs(asked: Any) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from typing import Any
 from cloister.canonical import b64, canonical_json, unb64
 from cloister.errors import InputError, IntegrityError
 from cloister.signing import keys
-from cloister.signing.keys import PrivateKey, PublicKey
+from cloister.signing.keys import PublicKey, SigningKey
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
@@ -63,7 +63,7 @@ def pae(payload_type: str, payload: bytes) -> bytes:
     return b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
 
 
-def sign(payload: bytes, private_key: PrivateKey) -> dict[str, Any]:
+def sign(payload: bytes, private_key: SigningKey) -> dict[str, Any]:
     """An envelope with one signature. For several signers, join the `signatures` of envelopes over equal payloads."""
     return {
         "payload": b64(payload),

@@ -9,7 +9,7 @@ not): count keys, never signatures.
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -31,6 +31,19 @@ P256PrivateKey: TypeAlias = ec.EllipticCurvePrivateKey
 P256PublicKey: TypeAlias = ec.EllipticCurvePublicKey
 PrivateKey: TypeAlias = P256PrivateKey | Ed25519PrivateKey
 PublicKey: TypeAlias = P256PublicKey | Ed25519PublicKey
+
+
+class Signer(Protocol):
+    """A P-256 key that signs, wherever it is: it may be one that never leaves a key service."""
+
+    def sign(self, message: bytes, /) -> bytes:
+        """ECDSA with SHA-256 over `message`, ASN.1 DER."""
+
+    def public_key(self) -> P256PublicKey:
+        """Its public half."""
+
+
+SigningKey: TypeAlias = PrivateKey | Signer
 
 _ECDSA = ec.ECDSA(SHA256())
 
@@ -127,9 +140,9 @@ def key_id_of(key: PublicKey) -> str:
     return sha256_hex(public_to_pem(key))
 
 
-def sign(key: PrivateKey, data: bytes) -> bytes:
+def sign(key: SigningKey, data: bytes) -> bytes:
     """Ed25519 (64 bytes) or ECDSA P-256 with SHA-256 (ASN.1 DER)."""
-    return key.sign(data) if isinstance(key, Ed25519PrivateKey) else key.sign(data, _ECDSA)
+    return key.sign(data, _ECDSA) if isinstance(key, P256PrivateKey) else key.sign(data)
 
 
 def verify(key: PublicKey, signature: bytes, data: bytes) -> None:

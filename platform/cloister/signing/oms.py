@@ -18,7 +18,7 @@ from typing import Any
 from cloister.canonical import canonical_json
 from cloister.errors import InputError, IntegrityError
 from cloister.signing import dsse, keys
-from cloister.signing.keys import P256PrivateKey, P256PublicKey
+from cloister.signing.keys import P256PrivateKey, P256PublicKey, Signer
 
 PREDICATE_TYPE = "https://model_signing/signature/v1.0"
 BUNDLE_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
@@ -43,7 +43,7 @@ def root_digest(files: Mapping[str, bytes]) -> str:
     return hasher.hexdigest()
 
 
-def sign_model(name: str, files: Mapping[str, str], private_key: P256PrivateKey) -> bytes:
+def sign_model(name: str, files: Mapping[str, str], private_key: P256PrivateKey | Signer) -> bytes:
     """The bundle for a model whose `files` map each path to its hex SHA-256 digest.
 
     Raises:

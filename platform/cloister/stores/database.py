@@ -10,6 +10,7 @@ Not guaranteed: secrecy beyond the file's mode or the server's. There is no key 
 from __future__ import annotations
 
 import contextlib
+import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,11 +92,20 @@ class Database:
         """Overwrite what was deleted (destroyed keys, shredded names) in SQLite's file and its journal too.
 
         As far as nobody is reading at this moment; closing the database does the rest. PostgreSQL vacuums later.
+
+        Raises:
+            UnavailableError: the disk refused. It is deleted, and not yet overwritten.
         """
         if self._writer.dialect.name != "sqlite":
             return
-        with contextlib.closing(self._writer.raw_connection()) as connection, self._turn:
-            connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        try:
+            with contextlib.closing(self._writer.raw_connection()) as connection, self._turn:
+                connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        except (sqlite3.Error, DBAPIError, PoolTimeoutError) as error:
+            raise UnavailableError(
+                f"what was deleted is deleted, but not yet overwritten on the disk: {error}"[:200],
+                "check the disk; stopping the authority overwrites it too",
+            ) from None
 
     def close(self) -> None:
         self._writer.dispose()

@@ -21,7 +21,7 @@ def private_directory(path: Path) -> Path:
     return path
 
 
-def write_atomic(path: Path, data: bytes, *, replace: bool = True) -> None:
+def write_atomic(path: Path, data: bytes | memoryview, *, replace: bool = True) -> None:
     """Write all of `data` durably under `path` (mode 0600), or nothing.
 
     Raises:

@@ -129,10 +129,21 @@ datasets = Table(
     Column("version", Integer, primary_key=True),
     Column("owner", String, nullable=False),
     Column("owner_key", Text, nullable=False),  # that signed the manifest; the owner may have another by now
+    # Its public facts, beside the manifest that holds them too: that one may list 50,000 files.
+    Column("schema", JSON, nullable=False),
+    Column("kind", String, nullable=False),  # seal, append, erase, rectify
+    Column("parents", JSON, nullable=False),
+    Column("rows", BigInteger, nullable=False),
+    Column("files", Integer, nullable=False),
     Column("manifest", JSON, nullable=False),
     Column("manifest_digest", String, nullable=False),
     Column("envelope", JSON, nullable=False),
     Column("created", Float, nullable=False),
+    # When the files that were sealed in this version are to be gone, and when the first of those that it lists is.
+    Column("files_due", Float, nullable=False),
+    Column("due", Float, nullable=False),
+    Column("ended", Float),  # since when nobody may open it; the erasure that ended it
+    Column("erasure", String),
 )
 
 data_keys = Table(
@@ -143,6 +154,36 @@ data_keys = Table(
     Column("file", String, primary_key=True),
     Column("wrapped", LargeBinary, nullable=False),
     ForeignKeyConstraint(["name", "version"], ["datasets.name", "datasets.version"]),
+)
+
+# Versions of a wrapping key that are to be destroyed in the key service, and when that was done.
+key_destructions = Table(
+    "key_destructions",
+    metadata,
+    Column("name", String, primary_key=True),
+    Column("below", Integer, primary_key=True, autoincrement=False),
+    Column("created", Float, nullable=False),
+    Column("destroyed", Float),
+)
+
+# What was destroyed on purpose, and the certificate about it: signed once the keys are gone for good.
+erasures = Table(
+    "erasures",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("dataset", String, nullable=False, index=True),
+    Column("facts", JSON, nullable=False),
+    Column("certificate", JSON),
+    Column("created", Float, nullable=False),
+)
+
+# Blobs that are to be deleted, until they are.
+deletions = Table(
+    "deletions",
+    metadata,
+    Column("region", String, primary_key=True),
+    Column("path", String, primary_key=True),
+    Column("erasure", String, nullable=False, index=True),
 )
 
 budgets = Table(
@@ -174,6 +215,7 @@ runs = Table(
     Column("delta_charged", Float, nullable=False),
     Column("model_key", LargeBinary, nullable=False),
     Column("error", JSON),
+    Column("flags", JSON, nullable=False),  # erasures of data that it learned from, by their ids
     Column("created", Float, nullable=False),
     Column("ended", Float),
 )
@@ -204,6 +246,7 @@ models = Table(
     Column("model_key", LargeBinary, nullable=False),
     Column("seal_context", JSON, nullable=False),
     Column("metrics", JSON, nullable=False),
+    Column("flags", JSON, nullable=False),  # as its run's
     # From promotion on: who approved it, with their statements, as every replica verifies them.
     Column("release", JSON),
     Column("created", Float, nullable=False),

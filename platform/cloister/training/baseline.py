@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from cloister.datasets.encoding import FeatureEncoder
+from cloister.datasets.encoding import FeatureEncoder, stored_array
 from cloister.datasets.ingest import read_table
 from cloister.datasets.schema import DatasetSchema
 from cloister.privacy.spec import TrainingSpec
@@ -36,7 +36,7 @@ def load_public(folder: Path, spec: TrainingSpec) -> tuple[torch.Tensor, torch.T
     (file,) = (path for path in folder.iterdir() if path.name.endswith((".csv.gz", ".parquet")))
     table = read_table(file.read_bytes(), schema)
     encoder = FeatureEncoder(schema.feature_columns(spec.features))
-    inputs = encoder.encode({column.name: table[column.name].to_numpy() for column in encoder.columns})
+    inputs = encoder.encode({c.name: stored_array(table[c.name], c) for c in encoder.columns})
     return torch.from_numpy(inputs), torch.from_numpy(table[spec.label].to_numpy().astype(np.int64))
 
 

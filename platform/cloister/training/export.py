@@ -3,8 +3,8 @@
 
 Guarantees: the ONNX file is self-contained (no external data), maps `features` float32 [N, D] to `probabilities`
 float32 [N, C], and was run by onnxruntime and compared with torch before it is returned. `private_accuracy` is
-epsilon-differentially private for the holdout rows; as they are disjoint from the training rows, data set and model
-together cost the larger of the two epsilons (parallel composition), not their sum.
+epsilon-differentially private for the holdout's units; as no unit has rows in both the holdout and the training set,
+the two figures together cost the larger of the two epsilons (parallel composition), not their sum.
 
 Not promised: anything about `evaluate`, which is the exact, private figure: it never leaves the worker.
 """
@@ -82,20 +82,24 @@ def evaluate(model: nn.Module, x_ND: torch.Tensor, y_N: torch.Tensor) -> int:
         return int((model(x_ND).argmax(dim=1) == y_N).sum())
 
 
-def private_accuracy(correct: int, rows: int, epsilon: float, random: RandomBits | None = None) -> float:
+def private_accuracy(
+    correct: int, rows: int, epsilon: float, random: RandomBits | None = None, *, rows_per_unit: int = 1
+) -> float:
     """The share of rows that are right, with two-sided geometric noise on the count; `rows` is public.
 
-    One row changes the count by at most 1, so the noise P[Z = z] ~ exp(-epsilon·|z|) is epsilon-DP (Ghosh,
-    Roughgarden and Sundararajan, "Universally Utility-Maximizing Privacy Mechanisms", STOC 2009). Drawn by inversion
-    of 53-bit uniforms: probabilities are off by about 2**-53, which is a delta and not part of epsilon.
+    One unit changes the count by at most its k = `rows_per_unit` rows, so the noise P[Z = z] ~ exp(-epsilon·|z|/k) is
+    epsilon-DP for it (k = 1: Ghosh, Roughgarden and Sundararajan, "Universally Utility-Maximizing Privacy Mechanisms",
+    STOC 2009). Drawn by inversion of 53-bit uniforms: probabilities are off by about 2**-53, which is a delta and not
+    part of epsilon.
 
     Raises:
         ValueError: a parameter outside its range.
     """
-    if not 0 <= correct <= rows or rows < 1 or not 0.0 < epsilon < float("inf"):
-        raise ValueError("correct, rows or epsilon is out of range")
+    if not 0 <= correct <= rows or rows < 1 or rows_per_unit < 1 or not 0.0 < epsilon < float("inf"):
+        raise ValueError("correct, rows, epsilon or the rows of a unit are out of range")
     source = random if random is not None else secrets.SystemRandom()
-    noisy = correct + _geometric(epsilon, source) - _geometric(epsilon, source)
+    scaled = epsilon / rows_per_unit
+    noisy = correct + _geometric(scaled, source) - _geometric(scaled, source)
     return min(max(noisy, 0), rows) / rows
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -24,8 +25,8 @@ import torch
 
 from cloister.canonical import b64, sha256_hex
 from cloister.client.authority import AuthorityClient, TrainingLease
-from cloister.client.seal import signed_manifest
-from cloister.datasets.encoding import FeatureEncoder
+from cloister.client.verify import signed_manifest
+from cloister.datasets.encoding import FeatureEncoder, stored_array
 from cloister.datasets.manifest import SealedFile
 from cloister.datasets.schema import DatasetSchema
 from cloister.errors import ConflictError, IntegrityError, UnavailableError
@@ -35,7 +36,7 @@ from cloister.privacy.plan import PrivacyPlan
 from cloister.privacy.spec import TrainingSpec
 from cloister.sealing.shard import open_table, shard_aad
 from cloister.sealing.stream import seal
-from cloister.stores.blobs import FolderBlobs
+from cloister.stores.blobs import open_blobs
 from cloister.training.architectures import build_model, seed_of
 from cloister.training.export import evaluate, private_accuracy, to_onnx
 from cloister.training.loop import make_optimizer, train
@@ -127,20 +128,23 @@ class _Rows:
     def __init__(self, lease: TrainingLease) -> None:
         self.manifest = signed_manifest(lease.manifest, lease.owner_key)
         self.spec = TrainingSpec.parse(lease.spec)
-        schema = DatasetSchema.from_mapping(self.manifest.dataset_schema)
+        self._schema = schema = DatasetSchema.from_mapping(self.manifest.dataset_schema)
         self.features = schema.feature_columns(self.spec.features)
         self.encoder = FeatureEncoder(self.features)
         self.labels = schema.column(self.spec.label).values or ()
         self._wanted = {column.name for column in self.features} | {self.spec.label}
+        self._region = schema.region
         self._keys = lease.keys
-        self._blobs = FolderBlobs.from_url(lease.blobs)
+        self._blobs = open_blobs(lease.blobs)
 
     def load(self, role: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs [N, D] float32 and labels [N] int64 of this lease's shards of one role."""
-        files = [file for file in self.manifest.files if file.role == role and file.key_name in self._keys]
+        files = [file for file in self.manifest.files if file.role == role and file.ref in self._keys]
         shards: dict[str, dict[str, npt.NDArray[Any]]] = {}
-        for file in files:
-            shards.setdefault(file.shard, {}).update(self._open(file))
+        # Two at a time: one is hashed, or fetched, while the other is decrypted.
+        with ThreadPoolExecutor(2) as threads:
+            for file, columns in zip(files, threads.map(self._open, files), strict=True):
+                shards.setdefault(file.shard, {}).update(columns)
         names = sorted(self._wanted)
         columns = {name: np.concatenate([shards[shard][name] for shard in sorted(shards)]) for name in names}
         inputs = torch.from_numpy(self.encoder.encode(columns))
@@ -156,9 +160,9 @@ class _Rows:
                 f"shard {file.key_name} of {self.manifest.name}@{self.manifest.version} changed since it was sealed",
                 f"check the dataset: cloister data verify {self.manifest.name}@{self.manifest.version}",
             )
-        aad = shard_aad(self.manifest.name, self.manifest.version, file.sensitivity, file.shard)
-        table = open_table(sealed, self._keys[file.key_name], aad, columns)
-        return {name: table.column(name).to_numpy() for name in columns}
+        aad = shard_aad(self.manifest.name, file.sealed_in, file.part, file.shard, self._region)
+        table = open_table(sealed, self._keys[file.ref], aad, columns)
+        return {name: stored_array(table.column(name), self._schema.column(name)) for name in columns}
 
 
 def _publish(
@@ -170,7 +174,12 @@ def _publish(
     x: torch.Tensor,
     y: torch.Tensor,
 ) -> dict[str, Any]:
-    accuracy = private_accuracy(evaluate(model, x, y), len(y), lease.evaluation_epsilon)
+    accuracy = private_accuracy(
+        evaluate(model, x, y),
+        len(y),
+        lease.evaluation_epsilon,
+        rows_per_unit=PrivacyPlan.from_dict(lease.plan).rows_per_unit,
+    )
     onnx = to_onnx(model, rows.encoder.width)
     manifest = ModelManifest(
         name=rows.spec.model_name,
@@ -184,7 +193,7 @@ def _publish(
     assert lease.model_key is not None  # noqa: S101  (rank 0's lease has it)
     sealed = seal(lease.model_key, onnx, lease.seal_context)
     path = f"models/{run}/model.onnx.sealed"
-    FolderBlobs.from_url(lease.blobs).put(path, sealed)
+    open_blobs(lease.blobs).put(path, sealed)
     body = {
         "manifest": b64(manifest),
         "model_sha256": sha256_hex(onnx),

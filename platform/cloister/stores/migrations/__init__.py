@@ -30,8 +30,8 @@ def revision(connection: Connection) -> str | None:
     return str(found[0])
 
 
-def upgrade(connection: Connection) -> None:
-    """Bring the tables up to date, within the connection's transaction.
+def upgrade(connection: Connection, to: str = "head") -> None:
+    """Bring the tables up to date, or to the revision `to`, within the connection's transaction.
 
     Raises:
         UnavailableError: the database is newer than this Cloister, or not its own.
@@ -45,8 +45,8 @@ def upgrade(connection: Connection) -> None:
     config.attributes["connection"] = connection
     known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
     current = revision(connection)
-    if current is not None and current not in known:
+    if not {current, to} <= {None, "head", *known}:
         raise UnavailableError(
             "the state database is of a newer Cloister", "upgrade Cloister; an older one must not write to it"
         )
-    command.upgrade(config, "head")
+    command.upgrade(config, to)

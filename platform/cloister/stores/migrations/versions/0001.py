@@ -40,12 +40,29 @@ def upgrade() -> None:
         sa.Column("version", sa.Integer(), nullable=False),
         sa.Column("owner", sa.String(), nullable=False),
         sa.Column("owner_key", sa.Text(), nullable=False),
+        sa.Column("schema", sa.JSON(), nullable=False),
+        sa.Column("kind", sa.String(), nullable=False),
+        sa.Column("parents", sa.JSON(), nullable=False),
+        sa.Column("rows", sa.BigInteger(), nullable=False),
+        sa.Column("files", sa.Integer(), nullable=False),
         sa.Column("manifest", sa.JSON(), nullable=False),
         sa.Column("manifest_digest", sa.String(), nullable=False),
         sa.Column("envelope", sa.JSON(), nullable=False),
         sa.Column("created", sa.Float(), nullable=False),
+        sa.Column("files_due", sa.Float(), nullable=False),
+        sa.Column("due", sa.Float(), nullable=False),
+        sa.Column("ended", sa.Float(), nullable=True),
+        sa.Column("erasure", sa.String(), nullable=True),
         sa.PrimaryKeyConstraint("name", "version", name=op.f("pk_datasets")),
     )
+    op.create_table(
+        "deletions",
+        sa.Column("region", sa.String(), nullable=False),
+        sa.Column("path", sa.String(), nullable=False),
+        sa.Column("erasure", sa.String(), nullable=False),
+        sa.PrimaryKeyConstraint("region", "path", name=op.f("pk_deletions")),
+    )
+    op.create_index(op.f("ix_deletions_erasure"), "deletions", ["erasure"], unique=False)
     op.create_table(
         "elevations",
         sa.Column("approval", sa.String(), nullable=False),
@@ -69,6 +86,16 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_endpoints")),
     )
     op.create_table(
+        "erasures",
+        sa.Column("id", sa.String(), nullable=False),
+        sa.Column("dataset", sa.String(), nullable=False),
+        sa.Column("facts", sa.JSON(), nullable=False),
+        sa.Column("certificate", sa.JSON(), nullable=True),
+        sa.Column("created", sa.Float(), nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_erasures")),
+    )
+    op.create_index(op.f("ix_erasures_dataset"), "erasures", ["dataset"], unique=False)
+    op.create_table(
         "identities",
         sa.Column("name", sa.String(), nullable=False),
         sa.Column("kind", sa.String(), nullable=False),
@@ -84,6 +111,14 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("name", name=op.f("pk_identities")),
         sa.UniqueConstraint("issuer", "subject", name=op.f("uq_identities_issuer_subject")),
         sa.UniqueConstraint("public_key", name=op.f("uq_identities_public_key")),
+    )
+    op.create_table(
+        "key_destructions",
+        sa.Column("name", sa.String(), nullable=False),
+        sa.Column("below", sa.Integer(), autoincrement=False, nullable=False),
+        sa.Column("created", sa.Float(), nullable=False),
+        sa.Column("destroyed", sa.Float(), nullable=True),
+        sa.PrimaryKeyConstraint("name", "below", name=op.f("pk_key_destructions")),
     )
     op.create_table(
         "leases",
@@ -135,6 +170,7 @@ def upgrade() -> None:
         sa.Column("model_key", sa.LargeBinary(), nullable=False),
         sa.Column("seal_context", sa.JSON(), nullable=False),
         sa.Column("metrics", sa.JSON(), nullable=False),
+        sa.Column("flags", sa.JSON(), nullable=False),
         sa.Column("release", sa.JSON(), nullable=True),
         sa.Column("created", sa.Float(), nullable=False),
         sa.PrimaryKeyConstraint("name", "version", name=op.f("pk_models")),
@@ -206,6 +242,7 @@ def upgrade() -> None:
         sa.Column("delta_charged", sa.Float(), nullable=False),
         sa.Column("model_key", sa.LargeBinary(), nullable=False),
         sa.Column("error", sa.JSON(), nullable=True),
+        sa.Column("flags", sa.JSON(), nullable=False),
         sa.Column("created", sa.Float(), nullable=False),
         sa.Column("ended", sa.Float(), nullable=True),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_runs")),

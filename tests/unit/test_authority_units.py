@@ -1,0 +1,75 @@
+"""Where a person has several rows, what is planned, approved, charged and told is about the person."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+import clinic
+from authority_world import CODE, Person, World, training_spec
+from cloister.canonical import unb64
+from cloister.privacy import accounting
+
+SPEC: dict[str, Any] = {
+    "name": "clinic", "dataset": "clinic@1", "label": "ill", "features": ["age", "city"],
+    "privacy": {"epsilon": 3.0, "delta": 1e-3},
+    "training": {"epochs": 2, "expected_batch_size": 8, "learning_rate": 0.1},
+    "resources": {"workers": 1, "region": "eu"},
+}  # fmt: skip
+MAX_ROWS = clinic.SCHEMA["unit"]["max_rows"]  # type: ignore[index]  # a map
+
+
+@pytest.fixture
+def clinic_world(world: World) -> World:
+    clinic.seal(world)
+    body = {"epsilon": 9.0, "delta": 9e-3}
+    world.agreed("sofia", "olga", "PUT", "/v1/datasets/clinic/budget", body)
+    return world
+
+
+def test_a_plan_says_whom_it_protects_and_its_noise_is_for_all_of_their_rows(clinic_world: World) -> None:
+    shown = clinic_world.post("ed", "/v1/plans", {"spec": training_spec(**SPEC)})
+    assert shown["unit"] == {"column": "patient", "max_rows": MAX_ROWS}
+    plan = shown["plan"]
+    assert plan["rows_per_unit"] == MAX_ROWS
+    known = plan["noise_multiplier"], plan["sample_rate"], plan["steps"], plan["delta"]
+    assert plan["epsilon_certified"] == accounting.epsilon(*known, MAX_ROWS) <= 3.0
+    assert accounting.epsilon(*known) < 1.5, "noise for one row would do with far less"
+
+
+def test_the_unit_is_approved_charged_and_in_the_provenance(clinic_world: World) -> None:
+    world, workload = clinic_world, Person("new", ["run"])
+    body = {"spec": training_spec(**SPEC), "code_digest": CODE, "public_key": workload.public}
+    request = world.missing(world.ask("ed", "POST", "/v1/runs", body))
+    assert request["details"]["rows_per_unit"] == MAX_ROWS
+    assert world.vote("rita", request).status_code == 200
+    run = world.post("ed", "/v1/runs", body)["run"]
+    workload.name, world.people[run] = run, workload
+    assert world.budget("clinic")["epsilon_charged"] == 3.0
+    lease = world.lease(run)
+    assert lease.plan["rows_per_unit"] == MAX_ROWS
+    steps = lease.plan["steps"]
+    world.commit(run, 0, steps)
+    facts: dict[str, Any] = {
+        "name": "clinic", "dataset": "clinic@1", "label": "ill", "labels": ("no", "yes"),
+        "features": ({"name": "age", "type": "integer", "class": "confidential", "bounds": [0, 120]},),
+    }  # fmt: skip
+    world.post(run, f"/v1/runs/{run}/model", world.model_body(run, lease, b"small", **facts))
+    assert world.budget("clinic")["epsilon_charged"] == lease.plan["epsilon_certified"]
+    provenance = world.get("ed", "/v1/models/clinic/versions/1")["provenance"]
+    privacy = json.loads(unb64(provenance["payload"]))["predicate"]["privacy"]
+    assert privacy["plan"]["rows_per_unit"] == MAX_ROWS
+
+
+def test_a_run_that_is_stopped_is_charged_for_persons_and_not_for_rows(clinic_world: World) -> None:
+    world, workload = clinic_world, Person("new", ["run"])
+    body = {"spec": training_spec(**SPEC), "code_digest": CODE, "public_key": workload.public}
+    run = world.agreed("rita", "ed", "POST", "/v1/runs", body)["run"]
+    workload.name, world.people[run] = run, workload
+    plan = world.lease(run).plan
+    world.commit(run, 0, 3)
+    world.post("ed", f"/v1/runs/{run}/stop")
+    known = plan["noise_multiplier"], plan["sample_rate"], 3, plan["delta"]
+    assert world.budget("clinic")["epsilon_charged"] == accounting.epsilon(*known, MAX_ROWS)
