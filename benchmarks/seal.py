@@ -79,7 +79,9 @@ def schema(name: str, **more: dict[str, Any]) -> dict[str, Any]:
 
 
 TYPED = schema("typed")
-PEOPLE = schema("people", person={"type": "text", "class": "confidential", "role": "identifier"})
+PEOPLE = schema("people", person={"type": "text", "class": "confidential", "role": "identifier"}) | {
+    "unit": {"column": "person", "max_rows": 10_000}
+}
 IMAGES = {
     "name": "images", "purpose": "benchmark", "region": "eu", "retention": "P1Y",
     "columns": [
@@ -135,7 +137,7 @@ KINDS: tuple[tuple[str, str, Writer, dict[str, Any], str, int], ...] = (
     ("CSV, typed columns", "csv", write_csv, TYPED, CSV_PEER, GOAL_CSV_MB_PER_S),
     ("Parquet, typed columns", "parquet", write_parquet, TYPED, PARQUET_PEER, GOAL_PARQUET_MB_PER_S),
     ("Parquet, images", "parquet", write_parquet, IMAGES, PARQUET_PEER, 0),
-    ("CSV with an identifier", "csv", write_csv, PEOPLE, CSV_PEER, 0),
+    ("CSV with units of many rows", "csv", write_csv, PEOPLE, CSV_PEER, 0),
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -14,11 +15,18 @@ from s3 import s3, s3_server
 __all__ = ["line", "place", "postgres_place", "postgres_server", "s3", "s3_server"]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For several workers: a file's tests share authorities, and clusters are counted by the whole machine."""
-    for item in items:
-        group = "cluster" if item.path.parent.name == "cluster" else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For several workers: each gets whole files, whose tests share authorities; and one of them all of `cluster`,
+    where the clusters of the whole machine are counted."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "cluster" if "/cluster/" in file else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="module")

@@ -301,7 +301,7 @@ def journeys(mortal: Mortal, chance: random.Random) -> None:
                     mortal.post(endpoint, f"/v1/endpoints/{endpoint}/quota", body)
             return None
         workload = Person("new", ["endpoint"])
-        answer = mortal.ask("operator", "POST", "/v1/endpoints", world.deploy_body(workload))
+        answer = mortal.ask("operator", "POST", "/v1/endpoints", world.deploy_body(workload, window_s=86_400))
         if answer.status_code != 200:  # there is no model in production yet, which is on record
             return release()
         workload.name = answer.json()["endpoint"]

@@ -10,13 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cloister.datasets import subjects
 from cloister.datasets.ingest import read_table
 from cloister.datasets.partition import Numbering, partition
 from cloister.datasets.schema import DatasetSchema
 from cloister.datasets.subjects import (
     SubjectKeys,
     Tags,
-    UnitCounter,
+    check_units,
     held_out,
     index_table,
     protect,
@@ -208,34 +209,31 @@ def test_a_slice_or_several_chunks_of_a_table_are_its_rows(rows: int) -> None:
     assert np.array_equal(protect(part, by_unit({"type": "text"}), KEYS)[1], tags_of(people[rows // 3 :]))
 
 
-def test_a_unit_is_counted_over_all_blocks() -> None:
-    people = [f"p{index}" for index in range(400)]  # their tags fall into every slice
-    for block in range(4):
-        counter = UnitCounter(SCHEMA)
-        for _ in range(3):
-            counter.add(tags_of(people))
-        counter.check()
-        counter.add(tags_of(people[block * 100 : block * 100 + 1]))
+def counted(*blocks: Tags, schema: DatasetSchema = SCHEMA) -> None:
+    check_units(schema, sum(map(len, blocks)), lambda: iter(blocks))
+
+
+@pytest.mark.parametrize("slice_rows", [7, 100, 10_000])
+def test_a_unit_is_counted_over_all_shards(monkeypatch: pytest.MonkeyPatch, slice_rows: int) -> None:
+    monkeypatch.setattr(subjects, "SLICE_ROWS", slice_rows)
+    everybody = tags_of([f"p{index}" for index in range(400)])
+    counted(everybody, everybody, everybody)
+    for one in (0, 100, 399):
         with pytest.raises(InputError, match="a unit has 4 rows, and the schema allows 3") as refusal:
-            counter.check()
-        assert "p0" not in f"{refusal.value.message}{refusal.value.hint}"
+            counted(everybody, everybody[one : one + 1], everybody, everybody)
+        assert f"p{one} " not in f"{refusal.value.message} {refusal.value.hint}"
 
 
 def test_each_unit_that_has_too_many_rows_is_found_whatever_its_tag() -> None:
     for person in range(64):
-        counter = UnitCounter(SCHEMA)
-        counter.add(tags_of([f"p{person}"] * 4 + [f"other {index}" for index in range(50)]))
         with pytest.raises(InputError, match="4 rows"):
-            counter.check()
+            counted(tags_of([f"p{person}"] * 4 + [f"other {index}" for index in range(50)]))
 
 
 def test_rows_as_units_are_not_counted() -> None:
     facts = SCHEMA.to_dict() | {"unit": "row"}
-    counter = UnitCounter(DatasetSchema.from_mapping(facts))
-    counter.add(tags_of(["a"] * 100))
-    counter.add(None)
-    counter.check()
-    UnitCounter(SCHEMA).check()
+    counted(tags_of(["a"] * 100), schema=DatasetSchema.from_mapping(facts))
+    counted()
 
 
 def test_the_share_that_is_held_out_is_right_and_its_units_whole() -> None:

@@ -31,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from cloister.canonical import b64, canonical_json
+from cloister.canonical import b64, canonical_json, unb64
 from cloister.client.authority import AuthorityClient
 from cloister.client.code import package_digest
 from cloister.client.grant import Grant, ask_to_seal, open_tags
@@ -40,7 +40,7 @@ from cloister.client.verify import signed_manifest
 from cloister.datasets.manifest import MANIFEST_PREDICATE, DatasetManifest, Lineage, SealedFile, parse_reference
 from cloister.datasets.partition import Numbering, partition
 from cloister.datasets.schema import INDEX, DatasetSchema
-from cloister.datasets.subjects import Tags, UnitCounter, held_out, protect
+from cloister.datasets.subjects import Tags, check_units, held_out, protect
 from cloister.errors import CloisterError, InputError, NotFoundError
 from cloister.sealing import purposes
 from cloister.sealing.lease import seal_to
@@ -157,19 +157,18 @@ def _seal(
     parents: tuple[str, ...], shards: int, holdout: float,
 ) -> tuple[DatasetManifest, Upload]:  # fmt: skip
     parent = grant.parent
-    units, numbering = _Units(schema, grant, holdout), _next_numbers(parent)
+    _check_holdout(schema, grant, holdout)
+    numbering = _next_numbers(parent)
     upload = Upload(grant.blobs, schema.name, grant.version, schema.region)
     rows = 0
     try:
         protected = (protect(table, schema, grant.subjects) for table in tables)  # 2, 3
         for block, tags in _blocks(protected):  # 4
             rows += block.num_rows
-            units.add(tags)
             order = _secret_permutation(block.num_rows)
             for part in partition(block, tags, schema, shards, holdout, order, numbering):
                 upload.add(part)  # 5, 6
         upload.finish()
-        units.check()
         before = parent.all_rows if parent else 0
         manifest = DatasetManifest(
             name=schema.name, version=grant.version, dataset_schema=schema.to_dict(),
@@ -180,6 +179,7 @@ def _seal(
         )  # fmt: skip
         if holdout > 0.0 and not manifest.rows("holdout"):
             raise InputError("no unit is left for the holdout", "use a larger --holdout")
+        _check_units(schema, grant, manifest, upload)
     except BaseException:
         upload.discard()
         raise
@@ -206,28 +206,35 @@ def was_lost(error: CloisterError) -> bool:
     return error.status >= 500
 
 
-class _Units:
-    """The rows of each unit, over all blocks and over what the version goes on listing."""
+def _check_holdout(schema: DatasetSchema, grant: Grant, holdout: float) -> None:
+    """With units of several rows, what is appended has to be split as what is there was.
 
-    def __init__(self, schema: DatasetSchema, grant: Grant, holdout: float) -> None:
-        self._counter = UnitCounter(schema)
-        if schema.unit == "row" or grant.parent is None:
-            return
-        for file in grant.parent.files:
+    Raises:
+        InputError: it would not be.
+    """
+    if schema.unit == "row" or grant.parent is None:
+        return
+    for file in grant.parent.files:
+        if file.part == INDEX:
+            tags = open_tags(grant.blobs, grant.parent, file, grant.files[file.ref])
+            if (held_out(tags, holdout) != (file.role == "holdout")).any():
+                raise InputError(
+                    "with this holdout, one unit would be both in training and in the holdout",
+                    "append with the --holdout that the first version was sealed with",
+                )
+
+
+def _check_units(schema: DatasetSchema, grant: Grant, manifest: DatasetManifest, upload: Upload) -> None:
+    """Count the rows of each unit over all of the version, from its indexes, which are sealed by now."""
+    new = {f"{manifest.version}/{name}": unb64(key) for name, key in upload.keys.items()}
+    keys = {**grant.files, **new}
+
+    def indexes() -> Iterator[Tags]:
+        for file in manifest.files:
             if file.part == INDEX:
-                tags = open_tags(grant.blobs, grant.parent, file, grant.files[file.ref])
-                self._counter.add(tags)
-                if (held_out(tags, holdout) != (file.role == "holdout")).any():
-                    raise InputError(
-                        "with this holdout, one unit would be both in training and in the holdout",
-                        "append with the --holdout that the first version was sealed with",
-                    )
+                yield open_tags(grant.blobs, manifest, file, keys[file.ref])
 
-    def add(self, tags: Tags | None) -> None:
-        self._counter.add(tags)
-
-    def check(self) -> None:
-        self._counter.check()
+    check_units(schema, manifest.all_rows, indexes)
 
 
 @contextlib.contextmanager

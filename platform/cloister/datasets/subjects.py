@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import unicodedata
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +30,8 @@ KEY_BYTES = 32
 
 Tags = npt.NDArray[np.void]
 """One tag a row: [N], 16 bytes each."""
-_SLICES = 16
+SLICE_ROWS = 8_000_000
+"""Of 8 bytes each, while the rows of units are counted."""
 _UNSEEN = r"[\p{Cc}\p{Cf}]"
 
 
@@ -114,34 +116,30 @@ def read_index(table: pa.Table) -> Tags:
     return np.frombuffer(data, dtype=np.dtype((np.void, TAG_BYTES)))[array.offset : array.offset + len(array)]
 
 
-class UnitCounter:
-    """Counts the rows of each unit over all blocks of a version. Takes 8 bytes a row, so that it stays small."""
+def check_units(schema: DatasetSchema, rows: int, indexes: Callable[[], Iterable[Tags]]) -> None:
+    """Compare how many rows each unit has with what the schema says. `indexes` gives the tags of all `rows` rows.
 
-    def __init__(self, schema: DatasetSchema) -> None:
-        self._limit = schema.rows_per_unit if schema.unit != "row" else 0
-        self._seen: list[npt.NDArray[np.uint64]] = []
+    It is asked once for each slice of `SLICE_ROWS` rows, so that memory does not grow with the table.
 
-    def add(self, tags: Tags | None) -> None:
-        """Count the rows of one block, or of a shard that the version keeps."""
-        if self._limit and tags is not None:
-            self._seen.append(_numbers(tags).copy())
-
-    def check(self) -> None:
-        """Compare what was counted with the schema.
-
-        Raises:
-            InputError: a unit has more rows than the schema says. It is not named.
-        """
-        worst = 0
-        for part in range(_SLICES):  # in slices, so that sorting needs little memory
-            found = [seen[seen >> np.uint64(60) == part] for seen in self._seen]
-            if any(len(each) for each in found):
-                worst = max(worst, int(np.unique(np.concatenate(found), return_counts=True)[1].max()))
-        if worst > self._limit:
-            raise InputError(
-                f"a unit has {worst} rows, and the schema allows {self._limit}",
-                "raise unit.max_rows, which costs epsilon, or drop rows of those who have too many",
-            )
+    Raises:
+        InputError: a unit has more rows than the schema allows. It is not named.
+    """
+    if schema.unit == "row":
+        return
+    slices = max(1, -(-rows // SLICE_ROWS))
+    worst = 0
+    for part in range(slices):
+        numbers = (_numbers(tags) for tags in indexes())
+        found = np.concatenate([np.empty(0, np.uint64), *(each[each % slices == part] for each in numbers)])
+        found.sort()
+        # Where a run of equal numbers begins, and where the last one ends.
+        begins = np.flatnonzero(np.concatenate(([True], found[1:] != found[:-1], [True])))
+        worst = max(worst, int(np.diff(begins).max(initial=0)) if len(found) else 0)
+    if worst > schema.rows_per_unit:
+        raise InputError(
+            f"a unit has {worst} rows, and the schema allows {schema.rows_per_unit}",
+            "raise unit.max_rows, which costs epsilon, or drop rows of those who have too many",
+        )
 
 
 def held_out(tags: Tags, share: float) -> npt.NDArray[np.bool_]:
