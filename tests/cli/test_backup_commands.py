@@ -63,3 +63,9 @@ def test_a_machine_is_lost_and_restored_from_a_backup_and_the_keys(own: CommandL
     assert found.returncode == 1
     assert blob.name in found.stdout
     assert json.loads(found.stdout)["clean"] is False
+    stray = blob.with_name("stray.parquet")
+    stray.write_bytes(b"left over")
+    assert "restore FOLDER --blobs" in own.refused("fsck", "--repair", "--all")  # what it cannot mend stays said
+    assert not stray.exists()
+    assert own.json("restore", folder, "--blobs") == {"blobs_put": 1, "blobs_lost": []}
+    assert own.json("fsck")["clean"]

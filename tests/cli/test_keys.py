@@ -43,6 +43,7 @@ def test_a_passphrase_in_a_file_opens_the_authority(own: CommandLine, tmp_path: 
     assert "does not open the root key" in own.refused("up", "--port", str(free_port()))
     settings(own, "authority: {keys: {kind: embedded, passphrase: true}}")
     assert "nobody is there" in own.refused("up", "--port", str(free_port()))
+    assert "nobody is there" in own.refused("fsck")
     assert b"battery" not in b"".join(file.read_bytes() for file in own.home.rglob("*") if file.is_file())
 
 

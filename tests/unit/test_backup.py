@@ -16,7 +16,7 @@ from sqlalchemy import select, text, update
 from authority_world import ROLES, World, adult_schema, blocks_of_adult, training_spec
 from cloister.authority import backup
 from cloister.authority.maintenance import Parts
-from cloister.authority.restore import Restored, restore
+from cloister.authority.restore import Restored, restore, restore_blobs
 from cloister.authority.service import Authority
 from cloister.authority.witness import FileWitness, Witnessing
 from cloister.client.seal import seal_dataset
@@ -409,6 +409,32 @@ def test_a_changed_blob_in_a_backup_is_refused(world: World, tmp_path: Path) -> 
     flip(blob)
     with pytest.raises(IntegrityError, match="train-001"):
         bring_back(world, tmp_path / "backup")
+
+
+def test_a_changed_blob_is_put_back_as_it_was_sealed(world: World, tmp_path: Path) -> None:
+    back_up(world, tmp_path / "backup")
+    blob = next((world.directory / "blobs").rglob("train-001.confidential*"))
+    good = blob.read_bytes()
+    flip(blob)
+    assert bring_back(world, tmp_path / "backup").blobs_put == 1
+    assert blob.read_bytes() == good
+
+
+def test_sealed_files_alone_come_back_from_a_backup_of_any_age(world: World, tmp_path: Path) -> None:
+    back_up(world, tmp_path / "backup")
+    world.lease(world.submit())
+    budget = world.budget()
+    changed, missing = sorted((world.directory / "blobs").rglob("train-00*.confidential*"))[:2]
+    good = changed.read_bytes(), missing.read_bytes()
+    flip(changed)
+    missing.unlink()
+    core = world.authority.core
+    with pytest.raises(PermissionDeniedError):
+        restore_blobs(parts_of(world), core.database, tmp_path / "backup", world.caller("ed"))
+    assert restore_blobs(parts_of(world), core.database, tmp_path / "backup", world.caller("operator")) == (2, [])
+    assert (changed.read_bytes(), missing.read_bytes()) == good
+    assert world.budget() == budget
+    assert (world.log()[-1].action, world.log()[-1].details["blobs_only"]) == ("backup:restore", True)
 
 
 def test_a_blob_that_is_nowhere_is_named_and_the_rest_comes_back(world: World, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import io
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -350,6 +351,23 @@ def test_a_file_that_is_not_as_it_was_sealed_is_found(world: World, change: str)
         file.write_bytes(more[change])
     with pytest.raises(NotFoundError if change == "remove" else IntegrityError):
         verify_dataset(client, "clinic", 1)
+
+
+def test_a_version_that_has_ended_is_called_so(world: World) -> None:
+    clinic.seal(world)
+    done = clinic.erase_person(world, 7)
+    with pytest.raises(ConflictError, match="ended") as refused:
+        verify_dataset(world.client("olga"), "clinic", 1)
+    assert done["erasure"] in refused.value.hint
+
+
+def test_two_seals_of_one_owner_wait_for_each_other(world: World) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        with world.authority.uploads.turn("olga"):
+            sealing = pool.submit(clinic.seal, world)
+            with pytest.raises(TimeoutError):
+                sealing.result(0.3)
+        assert sealing.result(30)["dataset"] == "clinic@1"
 
 
 def test_a_store_that_never_stops_sending_is_not_followed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -237,7 +237,7 @@ class Core:
         if not same:
             raise IntegrityError(
                 "the state is older than what keys were last given out under and witnesses cosigned, or another one",
-                "restore the newest backup; if it is lost: cloister restore --accept-rollback",
+                "restore the newest backup; if it is lost: cloister restore FOLDER --accept-rollback",
             )
 
     def key_states(self) -> list[KeyState]:

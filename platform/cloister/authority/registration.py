@@ -21,7 +21,7 @@ from sqlalchemy import Connection, insert, select
 
 from cloister.authority import resources
 from cloister.authority.core import Action, Caller, Core, Resource
-from cloister.authority.data import keys_of, latest, live_versions, load
+from cloister.authority.data import keys_of, latest, live_versions, load, require_live
 from cloister.authority.identity import signing_key
 from cloister.authority.key_use import dataset_key, key_context
 from cloister.authority.lifecycle import Lifecycle
@@ -325,16 +325,18 @@ def _coming(connection: Connection, name: str, last: Any, caller: Caller) -> Res
 
 
 def _check_parents(act: Action, manifest: DatasetManifest) -> None:
-    """The other datasets that a sealed version is said to be made from are on record, and theirs who made it.
+    """The other datasets that a sealed version is said to be made from are live, and theirs who made it.
 
     Raises:
-        NotFoundError: one is not. InputError: it is somebody else's.
+        NotFoundError: one is not on record. InputError: it is somebody else's.
+        ConflictError: it has ended: no later erasure could name what was made from it.
     """
     if manifest.lineage.kind == "seal":
         for parent in manifest.lineage.parents:
             row = load(act.connection, *parse_reference(parent))
             if row.owner != act.caller.name:
                 raise InputError(f"{parent} is not yours to make a version from", "name datasets of your own")
+            require_live(act.connection, row)
 
 
 def _files_due(

@@ -41,7 +41,7 @@ from cloister.authority.log import read_export
 from cloister.authority.maintenance import Parts, local_caller, manifest_row, recorded_blobs
 from cloister.errors import CloisterError, ConflictError, IntegrityError, NotFoundError, UnavailableError
 from cloister.stores import engines
-from cloister.stores.blobs import check_path
+from cloister.stores.blobs import Blobs, check_path
 from cloister.stores.database import Database
 from cloister.stores.dump import dump, load
 from cloister.stores.keys import version_of
@@ -119,7 +119,7 @@ def restore(
                 raise IntegrityError(
                     f"this backup is older than the log that the key service remembers, or that is here: it has "
                     f"{header.log_size} entries, {known}",
-                    "restore the newest backup; or answer for what is forgotten: cloister restore --accept-rollback",
+                    "restore the newest; or answer for what is forgotten: cloister restore FOLDER --accept-rollback",
                 )
             settled, head = _settle(parts, core, local_caller(state, *who), header, forgotten)  # 4
             put, lost = _put_blobs(parts, state, folder, progress)  # 5
@@ -321,7 +321,7 @@ def _freeze_budgets(connection: Connection) -> None:
 
 
 def _put_blobs(parts: Parts, state: Database, folder: Path, progress: Progress | None) -> tuple[int, list[str]]:
-    """Put those that the stores do not have, once they are known to be what was sealed."""
+    """Put those that the stores do not have as they were sealed, once the backup's are known to be so."""
     with state.reading() as connection:
         needed = list(recorded_blobs(connection))
     there: dict[str, set[str]] = {}
@@ -330,7 +330,8 @@ def _put_blobs(parts: Parts, state: Database, folder: Path, progress: Progress |
         store = parts.stores.for_region(blob.region)
         if blob.region not in there:
             there[blob.region] = {path for top in ("datasets", "models") for path in store.list(top)}
-        if blob.path not in there[blob.region]:
+        found = blob.path in there[blob.region]
+        if not found or not _is_whole(store, blob):
             try:
                 data = (folder / backup.BLOBS_FOLDER / check_path(blob.path)).read_bytes()
             except FileNotFoundError:
@@ -340,11 +341,38 @@ def _put_blobs(parts: Parts, state: Database, folder: Path, progress: Progress |
                 raise IntegrityError(
                     f"a file of the backup is not the one that was sealed: {blob.what}", "use another backup"
                 )
+            if found:
+                store.remove(blob.path)
             store.put(blob.path, data)
             put += 1
         if progress:
             progress(done, len(needed))
     return put, lost
+
+
+def _is_whole(store: Blobs, blob: Any) -> bool:
+    hashed = hashlib.sha256()
+    for chunk in store.chunks(blob.path):
+        hashed.update(chunk)
+    return hashed.hexdigest() == str(blob.sha256)
+
+
+def restore_blobs(
+    parts: Parts, state: Database, folder: Path, caller: Caller, *, progress: Progress | None = None
+) -> tuple[int, Sequence[str]]:
+    """Put back the sealed files that are missing or changed, and nothing else: how many, and what is in no backup.
+
+    What they have to be is said by the state, which stays as it is; so the backup may be of any age.
+
+    Raises:
+        NotFoundError: there is no backup in `folder`.
+        PermissionDeniedError: the caller may not restore.
+        IntegrityError: the backup's copy of one is not what was sealed either.
+    """
+    header = Header.read(folder)
+    with parts.core(state).action(caller, "backup:restore", backup=header.id, blobs_only=True) as act:
+        act.allow(PLATFORM)
+    return _put_blobs(parts, state, folder, progress)
 
 
 # ---- 6: the swap ----

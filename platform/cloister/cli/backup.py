@@ -15,7 +15,7 @@ import click
 from cloister.cli import output
 from cloister.cli.context import Context, common
 from cloister.config import AuthoritySettings, Settings
-from cloister.errors import ConflictError, IntegrityError, NotFoundError
+from cloister.errors import ConflictError, InputError, IntegrityError, NotFoundError
 from cloister.process import Daemon
 from cloister.stores.home import Home
 
@@ -58,13 +58,29 @@ def backup(context: Context, folder: Path, no_blobs: bool) -> None:
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--accept-rollback", is_flag=True, help="Restore an older state, and answer for it: it is on record.")
+@click.option("--blobs", is_flag=True, help="Only sealed files that are missing or changed; the state stays as it is.")
 @common
-def restore(context: Context, folder: Path, accept_rollback: bool) -> None:
+def restore(context: Context, folder: Path, accept_rollback: bool, blobs: bool) -> None:
     """Restore the authority from the backup in FOLDER. It must not run; `--as` names who was an operator then.
 
-    A backup that is older than what the key service remembers, or than the state that is there, is refused.
+    A backup that is older than what the key service remembers, or than the state that is there, is refused. For
+    sealed files alone (`--blobs`) it may be of any age, and the authority may run.
     """
     from cloister.authority.restore import restore as put_back
+    from cloister.authority.restore import restore_blobs
+
+    if blobs:
+        with _parts(context.home) as opened, output.progress("checking and putting back") as advance:
+            caller = opened.caller(context)
+            put, lost = restore_blobs(opened.parts, opened.database, folder.absolute(), caller, progress=advance)
+        if context.json:
+            output.value({"blobs_put": put, "blobs_lost": list(lost)})
+            return
+        output.say(f"Put back: {put} sealed files. The state is as it was.")
+        if lost:
+            output.say(f"Lost: {len(lost)} sealed files are in no store and not in the backup.")
+        output.say("Next: cloister fsck")
+        return
 
     if Daemon(context.home.authority / "daemon").process() is not None:
         raise ConflictError("the authority runs, and would write into what is restored", "stop it: cloister down")
@@ -120,7 +136,7 @@ def fsck(context: Context, repair: bool, young: bool, quick: bool) -> None:
         repaired = repair and (report.orphans or report.temporaries or report.unfinished)
         if repaired:
             checks.repair(opened.parts, opened.database, caller, report)
-            report = checks.check(opened.parts, opened.database, caller, **look | {"quick": True})
+            report = checks.check(opened.parts, opened.database, caller, **look, progress=advance)
     _show(context, report, repaired=bool(repaired), quick=quick)
 
 
@@ -140,7 +156,9 @@ def _show(context: Context, report: Report, *, repaired: bool, quick: bool) -> N
         sys.exit(1)  # one value on standard output, and it says why
     if not report.clean:
         broken = any(finding.kind == "broken" for finding in report.findings)
-        hint = "restore what is broken from a backup: cloister restore" if broken else "cloister fsck --repair"
+        hint = "cloister fsck --repair"
+        if broken:
+            hint = "sealed files: cloister restore FOLDER --blobs   anything else: cloister restore FOLDER"
         raise IntegrityError(f"{sum(kind != 'note' for kind, *_ in rows)} findings", hint)
 
 
@@ -200,6 +218,11 @@ def _passphrase(settings: Any) -> bytes:
     file = os.environ.get(PASSPHRASE_VARIABLE) or settings.passphrase_file
     if file:
         return passphrase_in(Path(file))
+    if not sys.stdin.isatty():
+        raise InputError(
+            "the root key is sealed by a passphrase, and nobody is there to type it",
+            f"name a file that holds it: {PASSPHRASE_VARIABLE}",
+        )
     return str(click.prompt("Passphrase of the root key", hide_input=True)).encode()
 
 

@@ -144,7 +144,8 @@ class NameType(click.ParamType[str]):
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if not _WORD.fullmatch(value):
-            raise InputError(f"{value[:40]!r} is not a name or an id", "use one that a `list` command shows")
+            hint = "use one that a `list` command shows, without @ and its version"
+            raise InputError(f"{value[:40]!r} is not a name or an id", hint)
         return value
 
 

@@ -22,7 +22,7 @@ import httpx
 
 from cloister.canonical import b64, sha256_hex, unb64
 from cloister.client.node import NodeFolder
-from cloister.errors import InputError, IntegrityError, UnavailableError, from_dict
+from cloister.errors import InputError, IntegrityError, QuotaExceededError, UnavailableError, from_dict
 from cloister.sealing import purposes
 from cloister.sealing.lease import OneTimeKey
 from cloister.signing import tokens
@@ -30,6 +30,7 @@ from cloister.stores.blobs import open_blobs
 
 TIMEOUT_S = 60.0
 TOKEN_MARGIN_S = 30.0
+PATIENCE_S = 120.0
 MAX_LINE_BYTES = 64 * 1024 * 1024
 
 
@@ -179,6 +180,21 @@ class AuthorityClient:
     def post(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """POST with a token; the decoded answer. Raises as `get`."""
         return self._authorised("POST", path, json=dict(body or {}))
+
+    def post_in_turn(self, path: str, body: Mapping[str, Any]) -> Any:
+        """POST of what one caller may do only once at a time, and so often: waits for the turn. Raises as `get`.
+
+        Raises:
+            QuotaExceededError: it has not come within `PATIENCE_S`.
+        """
+        end = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                return self.post(path, body)
+            except QuotaExceededError as error:
+                if time.monotonic() + error.retry_after_s > end:
+                    raise
+                time.sleep(error.retry_after_s)
 
     def put(self, path: str, body: Mapping[str, Any]) -> Any:
         """PUT with a token; the decoded answer. Raises as `get`."""

@@ -153,7 +153,7 @@ def _replace(
     affected = {shard: mask for (version, shard), mask in found.masks.items() if _lists(parent, version, shard)}
     if not affected:  # only older versions have it
         body = {"version": opened.version, "ends": sorted(found.ends), "reason": reason}
-        answer = owner.client.post(f"/v1/datasets/{name}/endings", body)
+        answer = owner.client.post_in_turn(f"/v1/datasets/{name}/endings", body)
         return _told(owner, answer, None, found, len(wanted))
     upload = Upload(parent.blobs, name, opened.version, parent.schema.region)
     try:
@@ -184,7 +184,7 @@ def _replace(
 def _open_indexes(client: AuthorityClient, name: str, purpose: str) -> _Opened:
     one_time = OneTimeKey.generate()
     body = {"public_key": b64(one_time.public), "purpose": purpose}
-    answer = client.post(f"/v1/datasets/{name}/openings", body)
+    answer = client.post_in_turn(f"/v1/datasets/{name}/openings", body)
     version = int(answer["version"])
     subjects, files = opened_keys(one_time, answer["sealed"], name, version)
     live = []
@@ -208,7 +208,7 @@ def _keys(client: AuthorityClient, name: str, purpose: str, refs: Sequence[str],
         one_time = OneTimeKey.generate()
         some = list(refs[start : start + REFS_AT_ONCE])
         body = {"public_key": b64(one_time.public), "purpose": purpose, "files": some}
-        answer = client.post(f"/v1/datasets/{name}/openings", body)
+        answer = client.post_in_turn(f"/v1/datasets/{name}/openings", body)
         keys |= opened_keys(one_time, answer["sealed"], name, version)[1]
     return keys
 

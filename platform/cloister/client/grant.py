@@ -43,7 +43,7 @@ def ask_to_seal(client: AuthorityClient, kind: Literal["seal", "append"], schema
     """
     one_time = OneTimeKey.generate()
     body = {"public_key": b64(one_time.public), "kind": kind, "region": schema.region}
-    answer = client.post(f"/v1/datasets/{schema.name}/sealing", body)
+    answer = client.post_in_turn(f"/v1/datasets/{schema.name}/sealing", body)
     version, parent = int(answer["version"]), answer["parent"]
     subjects, files = opened_keys(one_time, answer["sealed"], schema.name, version)
     return Grant(

@@ -319,7 +319,7 @@ def register(
         "envelope": dsse.sign(statement, ed25519_from_pem(private_key_pem)),
         "sealed_keys": b64(seal_to(receiver, canonical_json(dict(keys)), purposes.data_keys(manifest.digest))),
     }
-    return dict(client.post("/v1/datasets", body | more))
+    return dict(client.post_in_turn("/v1/datasets", body | more))
 
 
 def _summary(manifest: DatasetManifest, new: Sequence[SealedFile]) -> dict[str, Any]:

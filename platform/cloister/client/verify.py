@@ -13,7 +13,7 @@ from typing import Any
 
 from cloister.client.authority import AuthorityClient
 from cloister.datasets.manifest import MANIFEST_PREDICATE, DatasetManifest, SealedFile
-from cloister.errors import IntegrityError
+from cloister.errors import ConflictError, IntegrityError
 from cloister.signing import dsse
 from cloister.signing.keys import ed25519_public_from_pem, key_id
 from cloister.stores.blobs import Blobs, open_blobs
@@ -42,9 +42,15 @@ def verify_dataset(
 
     Raises:
         IntegrityError: names the first file, in the manifest's order, that changed.
-        NotFoundError: a file is missing.
+        NotFoundError: a file is missing. ConflictError: the version has ended.
     """
     shown = client.get(f"/v1/datasets/{name}/versions/{version}")
+    if shown["state"] != "live":
+        why = f"what is gone, and why: cloister data certificate {shown['erasure']}"
+        raise ConflictError(
+            f"{name}@{version} has ended, and its files are gone or will be",
+            why if shown["erasure"] else "see what is live: cloister data list",
+        )
     manifest = signed_manifest(shown["envelope"], shown["owner_key"])
     blobs = open_blobs(shown["blobs"])
     total, done = sum(file.bytes for file in manifest.files), 0

@@ -165,7 +165,12 @@ def _kind(
     if column.form == "tensor":
         return "tensor", "confidential", None, "check shape and dtype"
     if column.form == "other":
-        return "text", "restricted", None, "nested or of an unknown type: cannot be sealed as it is"
+        return (
+            "text",
+            "restricted",
+            None,
+            "no plain values: can be sealed as a tensor only, with shape and dtype",
+        )
     if dated:
         return "text", "restricted", None, "not usable as text in training: derive a number, such as the age in years"
     direct = {name: count for name, count in findings.items() if name != DATE}

@@ -146,7 +146,7 @@ def _parse(url: str) -> tuple[str, str, dict[str, str]]:
     if "@" in url:
         raise InputError(
             "the URL of a blob store holds no credentials",
-            "put them where AWS looks for them: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ~/.aws/credentials",
+            "put them into ~/.aws/credentials, where AWS's own tools look for them too",
         )
     pairs = parse_qsl(parts.query, keep_blank_values=True)
     options, prefix = dict(pairs), parts.path.strip("/")
