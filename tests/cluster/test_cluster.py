@@ -16,6 +16,7 @@ import httpx
 import psutil
 import pytest
 
+from cloister import cluster as cluster_module
 from cloister.cluster import RayCluster, ray_cluster, reap
 from cloister.cluster.guardian import MARKER
 from cloister.errors import InputError, UnavailableError
@@ -264,6 +265,7 @@ def test_serving_cluster_has_no_api_server_and_leaves_nothing() -> None:
 
 SUPERVISOR = """
 import sys, time
+from cloister import cluster as cluster_module
 from cloister.cluster import ray_cluster
 with ray_cluster(num_cpus=1, job_api=False) as cluster:
     print(cluster.directory, cluster.pid, flush=True)
@@ -313,6 +315,20 @@ def test_a_cluster_that_does_not_come_up_leaves_nothing() -> None:
     assert caught.value.hint
     assert set(parent.iterdir()) == before
     assert marked() == running
+
+
+def test_who_is_stopped_while_the_directory_is_made_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def interrupted(directory: Path) -> None:
+        directory.mkdir()
+        made.append(directory)
+        raise SystemExit(1)  # as the supervisor's handler of SIGTERM does
+
+    monkeypatch.setattr(cluster_module, "make_directory", interrupted)
+    with pytest.raises(SystemExit), ray_cluster(num_cpus=1, job_api=False):
+        pass
+    assert not made[0].exists()
 
 
 def test_a_disk_is_refused(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cloister.cluster.files import LOOPBACK, make_directory, write_credentials, write_private
+from cloister.cluster.files import LOOPBACK, choose_directory, make_directory, write_credentials, write_private
 from cloister.cluster.guardian import GRACE_S, MARKER, reap
 from cloister.errors import InputError, UnavailableError
 from cloister.stores.blobs import aws_places
@@ -103,9 +103,10 @@ def ray_cluster(
     """
     if "RAY_AUTH_TOKEN" in (environment or {}):
         raise InputError("a token does not belong in an environment variable", "the cluster makes its own")
-    directory = make_directory(parent or Path(f"/dev/shm/cloister-{os.getuid()}"))  # noqa: S108 our own, 0700
+    directory = choose_directory(parent or Path(f"/dev/shm/cloister-{os.getuid()}"))  # noqa: S108 our own, 0700
     guardian: subprocess.Popen[bytes] | None = None
     try:
+        make_directory(directory)  # in here: a SIGTERM may come at any moment
         write_credentials(directory)
         gcs_port, *ports = _free_ports(7)
         command = _ray_start(directory, gcs_port, ports, num_cpus, num_gpus, object_store_bytes, job_api)

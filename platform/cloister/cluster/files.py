@@ -24,7 +24,8 @@ MAX_UNIX_PATH_BYTES = 107  # sockaddr_un.sun_path less its NUL, unix(7)
 RAY_SOCKET_PATH = "r/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store"  # the longest
 
 
-def make_directory(parent: Path) -> Path:
+def choose_directory(parent: Path) -> Path:
+    """The path of a cluster's directory below `parent`, which is made if need be. It is not there yet."""
     hint = "Cloister keeps Ray's files in memory: mount a writable tmpfs at /dev/shm"
     try:
         parent.mkdir(mode=0o700, exist_ok=True)
@@ -33,19 +34,24 @@ def make_directory(parent: Path) -> Path:
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
             raise UnavailableError(f"{parent} is not this user's directory", f"remove {parent}")
         parent.chmod(0o700)
-        directory = parent / secrets.token_hex(4)
-        directory.mkdir(mode=0o700)
     except OSError as error:
         raise UnavailableError(f"{parent} is not writable", hint) from error
-    if _filesystem(directory) not in ("tmpfs", "ramfs"):
-        directory.rmdir()
+    directory = parent / secrets.token_hex(4)
+    if _filesystem(parent) not in ("tmpfs", "ramfs"):
         raise UnavailableError(f"{parent} is not a tmpfs", hint)
     if len(os.fsencode(directory / RAY_SOCKET_PATH)) > MAX_UNIX_PATH_BYTES:
-        directory.rmdir()
         raise InputError(f"{parent} is too long a path for UNIX sockets", "choose a shorter one")
-    for name in ("home", "tmp", "spill"):
-        (directory / name).mkdir(mode=0o700)
     return directory
+
+
+def make_directory(directory: Path) -> None:
+    """Make what `choose_directory` chose. Whoever calls it removes it again, also if it is interrupted half-way."""
+    try:
+        directory.mkdir(mode=0o700)
+        for name in ("home", "tmp", "spill"):
+            (directory / name).mkdir(mode=0o700)
+    except OSError as error:
+        raise UnavailableError(f"{directory.parent} is not writable", "free memory: /dev/shm may be full") from error
 
 
 def _filesystem(path: Path) -> str:
