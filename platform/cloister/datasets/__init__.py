@@ -4,7 +4,10 @@ schema      columns, their types, public bounds or values, and sensitivity class
 ingest      a file's rows, block by block, to the compact tables that are sealed
 inspect     a file's first rows to a proposed schema
 recognise   what personal data looks like
+subjects    people's identifiers to pseudonyms, and tags by which their rows are found
 partition   rows to shards, columns to class files
-encoding    columns to model inputs, the same in training and serving
 manifest    what the authority records about a sealed version
+lineage     how a version may follow from those before it
+erasure     what a certificate says is gone, and how far what remains is bounded
+encoding    columns to model inputs, the same in training and serving
 """
