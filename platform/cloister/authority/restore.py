@@ -381,6 +381,7 @@ def restore_blobs(
 def _swap(directory: Path, staged: Path) -> Path | None:
     """Give `staged` the name `state.db`; what had it is kept in a folder beside. Returns that folder."""
     final = directory / "state.db"
+    _fold_journal(staged)
     kept = None
     if final.exists():
         kept = directory / f"replaced-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{os.urandom(2).hex()}"
@@ -397,6 +398,22 @@ def _swap(directory: Path, staged: Path) -> Path | None:
     staged.replace(final)
     backup.sync(directory)
     return kept
+
+
+def _fold_journal(staged: Path) -> None:
+    """Bring all of `staged` into one file. SQLite does so at the last close, but says nothing if it fails.
+
+    Raises:
+        UnavailableError: the disk refused.
+    """
+    try:
+        with contextlib.closing(sqlite3.connect(staged)) as database:
+            mode = database.execute("PRAGMA journal_mode=DELETE").fetchone()[0]
+            whole = database.execute("PRAGMA quick_check").fetchone()[0]
+    except sqlite3.Error:
+        mode = whole = ""
+    if (mode, whole) != ("delete", "ok") or staged.with_name(f"{staged.name}-wal").exists():
+        raise UnavailableError("the restored state could not be written whole", "check the disk; run it again")
 
 
 def _into(database: Database, state: Database) -> None:
