@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from command_line import ROOT, CommandLine, free_port
+from command_line import ROOT, CommandLine
+from ports import free_port
 
 VISITS = ROOT / "jobs" / "examples" / "visits"
 
