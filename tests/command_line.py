@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from typing import Any
 from cloister.stores.database import Database
 from cloister.stores.keys import EmbeddedKeys
 from cloister.stores.tables import token_keys
-from ports import free_port
 
 ROOT = Path(__file__).parents[1]
 ADULT = ROOT / "jobs" / "examples" / "adult"
@@ -22,6 +22,12 @@ PEOPLE = {
     "olga": "data-owner", "ed": "engineer", "rita": "reviewer", "carl": "consumer", "aud": "auditor",
     "sofia": "security-officer",
 }  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def readme_session(name: str) -> list[tuple[str, int]]:
@@ -38,12 +44,11 @@ class CommandLine:
     home: Path
 
     def run(
-        self, *words: str | Path, who: str = "operator", timeout_s: float = 120, program: str | None = None
+        self, *words: str | Path, who: str = "operator", timeout_s: float = 120
     ) -> subprocess.CompletedProcess[str]:
-        """`program`: other Python code in place of the command line's, with the same words."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("CLOISTER_")}
         return subprocess.run(
-            [sys.executable, *(["-c", program] if program else ["-m", "cloister.cli"]), *map(str, words)],
+            [sys.executable, "-m", "cloister.cli", *map(str, words)],
             env=environment | {"CLOISTER_HOME": str(self.home), "CLOISTER_AS": who},
             capture_output=True,
             text=True,
@@ -56,10 +61,10 @@ class CommandLine:
         assert done.returncode == 0, f"cloister {words}: {done.stdout}{done.stderr}"
         return json.loads(done.stdout)
 
-    def refused(self, *words: str | Path, who: str = "operator", timeout_s: float = 120, code: int = 1) -> str:
+    def refused(self, *words: str | Path, who: str = "operator", timeout_s: float = 120) -> str:
         """Standard error of a command that must be refused as every refusal is: two lines, exit code 1."""
         done = self.run(*words, who=who, timeout_s=timeout_s)
-        assert done.returncode == code, f"cloister {words}: {done.returncode} {done.stdout}{done.stderr}"
+        assert done.returncode == 1, f"cloister {words}: {done.returncode} {done.stdout}{done.stderr}"
         error, hint = done.stderr.splitlines()
         assert re.fullmatch("error: .{10,}", error)
         assert re.fullmatch("hint:  .{5,}", hint)

@@ -11,6 +11,7 @@ import pwd
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -24,7 +25,6 @@ import psutil
 import pytest
 
 from cloister.signing import certificates
-from ports import free_port
 
 USER = "cloister"
 START_TIMEOUT_S = 30.0
@@ -205,7 +205,10 @@ def running() -> Iterator[Server]:
             file.chmod(0o600)
             if account:
                 os.chown(file, account["user"], account["group"])
-        server = Server(folder, programs, free_port(), password_file, folder / "ca.pem", None)  # type: ignore[arg-type]
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        server = Server(folder, programs, port, password_file, folder / "ca.pem", None)  # type: ignore[arg-type]
         server.start()
         try:
             yield server

@@ -198,7 +198,7 @@ def try_faults(folder: Path, names: tuple[str, ...]) -> tuple[Counter[str], list
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600 if EVERY else 900)
+@pytest.mark.timeout(3600 if EVERY else 300)
 def test_a_fault_at_any_write_leaves_a_consistent_state(capsys: pytest.CaptureFixture[str]) -> None:
     if not faults.usable():
         pytest.skip("this machine's kernel does not let a process answer for another's system calls")

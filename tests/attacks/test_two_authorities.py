@@ -33,7 +33,7 @@ from cloister.authority.settings import AuthoritySettings
 from cloister.signing import certificates, tokens
 from cloister.signing.tokens import AUTHORITY_AUDIENCE, JWT_BEARER
 from cloister.stores.tables import identities, quota_windows, runs
-from ports import free_port
+from command_line import free_port
 
 CALLERS, ROUNDS = 8, 12
 KILLED_AFTER = CALLERS * ROUNDS // 4

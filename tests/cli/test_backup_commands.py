@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from command_line import ROOT, CommandLine
-from ports import free_port
+from command_line import ROOT, CommandLine, free_port
 
 VISITS = ROOT / "jobs" / "examples" / "visits"
 

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from command_line import ROOT, CommandLine
-from ports import free_port
+from command_line import ROOT, CommandLine, free_port
 from vault_server import VaultServer
 
 PASSPHRASE = "correct horse battery staple"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import socket
 import ssl
 import subprocess
 import sys
@@ -21,7 +22,6 @@ import yaml
 from cloister.client.inference import infer
 from cloister.cluster import RayCluster, ray_cluster
 from cloister.errors import UnavailableError
-from ports import free_port
 from serving_world import GOOD_COLUMNS, MODEL, TokenMaker, body, signed_release, write_endpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -46,7 +46,9 @@ class Deployed:
     """A cluster with one endpoint of two replicas. Drivers are processes of their own: no Ray state in pytest."""
 
     def __init__(self, folder: Path, cluster: RayCluster) -> None:
-        self.port = free_port()
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
         self.cluster = cluster
         self.directory = write_endpoint(folder / "endpoint", MAKER, port=self.port, replicas=2)
         (folder / "release").write_bytes(pickle.dumps(signed_release()))

@@ -19,18 +19,10 @@ import yaml
 
 from cloister.client import oidc
 from cloister.signing import tokens
-from command_line import ROOT, CommandLine
+from command_line import ROOT, CommandLine, free_port
 from oidc.provider import AUDIENCE, CLIENT_ID, OTHER_AUDIENCE, Provider
-from ports import free_port
 
 GROUPS = {"claim": "groups", "map": {"ml-reviewers": ["reviewer"], "pipelines": ["engineer"]}}
-
-
-@pytest.fixture(scope="module")
-def provider(provider_modules: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Provider]:
-    """One that lets people be quick."""
-    with Provider(provider_modules, tmp_path_factory.mktemp("provider") / "run", interval_s=1) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

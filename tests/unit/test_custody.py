@@ -195,7 +195,6 @@ def test_a_state_from_before_the_destruction_says_why_it_opens_nothing(world: Wo
         restore()
     world.reopen()
     run = world.submit()
-    world.attempt(run)
     answer = world.ask(run, "POST", f"/v1/runs/{run}/leases", lease_body())
     assert answer.status_code == 422
     assert "destroyed" in answer.json()["error"]
@@ -388,8 +387,7 @@ def test_a_vault_that_seals_itself_in_the_middle_gives_nothing_and_says_so(
 ) -> None:
     world = vault_world
     run = world.submit()
-    world.attempt(run)
-    world.token(run)  # takes the key service too: what is refused has to be the lease
+    world.token(run)
     vault.sealed = True
     with world.still():
         answer = world.ask(run, "POST", f"/v1/runs/{run}/leases", lease_body())
@@ -402,7 +400,7 @@ def test_a_vault_that_cannot_remember_the_log_keeps_the_keys_in(vault_world: Wor
     """The lease is committed, and yet no key leaves: the anchor comes first."""
     world = vault_world
     run = world.submit()
-    world.attempt(run)
+    world.token(run)
 
     def fault(path: str) -> None:
         if path.endswith("cloister/anchor"):

@@ -24,14 +24,16 @@ from cloister.client.node import NodeFolder
 from cloister.errors import AuthenticationError, PermissionDeniedError, UnavailableError
 from cloister.signing import certificates
 from cloister.stores.files import write_atomic
-from ports import free_port
 
 
 class Port:
     """An authority that answers on a real port, and its first operator."""
 
     def __init__(self, directory: Path, **settings: Any) -> None:
-        self.settings = AuthoritySettings(port=free_port(), **settings)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            number = probe.getsockname()[1]
+        self.settings = AuthoritySettings(port=number, **settings)
         self.authority = Authority(directory, url=self.settings.url)
         self.operator = Person("operator", ["operator"])
         self.authority.identities.bootstrap("operator", self.operator.public)
@@ -230,8 +232,7 @@ def test_certificates_of_an_outside_ca_count_if_they_name_a_registered_node(tmp_
 
 def test_a_run_without_a_node_gets_no_lease(port: Port) -> None:
     """The rule that the certificate is for; the leases themselves are tested in `test_authority_runs`."""
-    body = {"attempt": 1, "rank": 0, "public_key": "", "code_digest": "sha256:" + "0" * 64}
     with contextlib.closing(port.client(Person("nobody", []))) as client, pytest.raises(AuthenticationError):
-        client.post("/v1/runs/run-0/leases", body)
+        client.post("/v1/runs/run-0/leases", {"rank": 0, "public_key": "", "code_digest": "sha256:" + "0" * 64})
     with contextlib.closing(port.client(port.operator)) as client, pytest.raises(PermissionDeniedError):
         client.post("/v1/nodes/certificate", {"csr": "x"})

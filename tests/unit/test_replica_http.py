@@ -34,7 +34,6 @@ from cloister.serving.pipeline import Authorizer, Pipeline
 from cloister.serving.release import VerifiedModel
 from cloister.serving.replica import Backing, Replica
 from cloister.serving.tables import MAX_BODY_BYTES
-from ports import free_port
 from serving_world import (
     GOOD_COLUMNS,
     MODEL,
@@ -318,7 +317,9 @@ class TestStart:
         return Replica(str(write_endpoint(folder / "e", MAKER, **config)), connect)
 
     def test_without_approvals(self, tmp_path: Path) -> None:
-        port = free_port()
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
         with pytest.raises(ApprovalMissingError):
             self.start(tmp_path, FakeAuthority(changed(signed_release(), approvals=[])), port=port)
         with pytest.raises(ConnectionRefusedError):
