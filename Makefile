@@ -17,7 +17,7 @@ sed -n '/^torch==/,/[^\\]$$/p' requirements.lock > $(VENV)/torch.lock
 	rm -rf $(VENV)/wheels
 endef
 
-.PHONY: demo install test test-fast lint bench lock clean
+.PHONY: demo install test gate long check lint bench lock clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
@@ -25,12 +25,20 @@ demo: $(STAMP)
 
 install: $(STAMP)
 
-# Two workers, each with whole files (tests/conftest.py), in their order: the long ones are not the last.
+# What a change must pass (tools/suite.py): the gate, then the story, with real clusters, databases and providers.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python tools/suite.py gate story
 
-test-fast: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+gate: $(STAMP)
+	$(BIN)/python tools/suite.py gate
+
+# Kills, every fault, fuzzing: before an issue is closed, or a version is released.
+long: $(STAMP)
+	CLOISTER_EVERY_FAULT=1 $(BIN)/python tools/suite.py long
+
+# What continuous integration does with HEAD, in a clone of it. On success, .git/checked has the commit's id.
+check:
+	tools/check.sh
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cloister.cluster.files import CLUSTERS_FOLDER, clusters_folder
 from cloister.stores.database import Database
 from cloister.stores.keys import EmbeddedKeys
 from cloister.stores.tables import token_keys
+from ports import free_port
 
 ROOT = Path(__file__).parents[1]
 ADULT = ROOT / "jobs" / "examples" / "adult"
@@ -22,12 +24,6 @@ PEOPLE = {
     "olga": "data-owner", "ed": "engineer", "rita": "reviewer", "carl": "consumer", "aud": "auditor",
     "sofia": "security-officer",
 }  # fmt: skip
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def readme_session(name: str) -> list[tuple[str, int]]:
@@ -43,13 +39,23 @@ class CommandLine:
 
     home: Path
 
+    @property
+    def clusters(self) -> Path:
+        """The folder of this home's Ray clusters, and of nobody else's."""
+        return clusters_folder() / hashlib.sha256(os.fsencode(self.home)).hexdigest()[:6]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What tells a command which home and which folder for clusters are its own."""
+        return {"CLOISTER_HOME": str(self.home), CLUSTERS_FOLDER: str(self.clusters)}
+
     def run(
         self, *words: str | Path, who: str = "operator", timeout_s: float = 120
     ) -> subprocess.CompletedProcess[str]:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("CLOISTER_")}
         return subprocess.run(
             [sys.executable, "-m", "cloister.cli", *map(str, words)],
-            env=environment | {"CLOISTER_HOME": str(self.home), "CLOISTER_AS": who},
+            env=environment | self.environment | {"CLOISTER_AS": who},
             capture_output=True,
             text=True,
             timeout=timeout_s,

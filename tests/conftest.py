@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from command_line import CommandLine
 from databases import place, postgres_place
@@ -14,19 +14,19 @@ from s3 import s3, s3_server
 
 __all__ = ["line", "place", "postgres_place", "postgres_server", "s3", "s3_server"]
 
+pytest_plugins = ["own_root", "outcomes"]
+# No deadline: a busy machine is no fault of the example's. Always the same examples: a red run can be repeated.
+settings.register_profile("cloister", deadline=None, derandomize=True)
+settings.load_profile("cloister")
+REAL_SERVERS = {"postgres_server", "provider", "s3_server"}
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """For several workers: each gets whole files, whose tests share authorities; and one of them all of `cluster`,
-    where the clusters of the whole machine are counted."""
-    from xdist.scheduler import LoadFileScheduling
 
-    class ByFile(LoadFileScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file = super()._split_scope(nodeid)
-            return "cluster" if "/cluster/" in file else file
-
-    return ByFile(config, log)
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs a server of its own belongs to the story. (Parameters that ask for one have the mark themselves.)"""
+    for item in items:
+        if REAL_SERVERS & set(getattr(item, "fixturenames", ())):
+            item.add_marker("story")
 
 
 @pytest.fixture(scope="module")

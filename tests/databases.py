@@ -71,7 +71,8 @@ class Place:
             return
         here = self.file
         with contextlib.closing(sqlite3.connect(here)) as connection:
-            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            (busy, *_) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            assert not busy
         shutil.copyfile(here, file)
 
         def put_back() -> None:
@@ -110,7 +111,7 @@ def postgres_place(postgres_server: Server, tmp_path: Path) -> Iterator[Place]:
     place.drop()
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.story)])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     """An empty one, of each kind in turn."""
     server = request.getfixturevalue("postgres_server") if request.param == "postgres" else None

@@ -11,7 +11,6 @@ import pwd
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -25,9 +24,10 @@ import psutil
 import pytest
 
 from cloister.signing import certificates
+from ports import free_port
 
 USER = "cloister"
-START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 120.0
 MEMORY_BYTES = 2 << 30
 SETTINGS = {
     "listen_addresses": "127.0.0.1",
@@ -133,15 +133,17 @@ class Server:
     def hung(self) -> Iterator[None]:
         """Stopped, every process of it: each is a session of its own."""
         stopped = [psutil.Process(self.process.pid)]
-        stopped[0].suspend()  # first, so that it makes no more
-        stopped += stopped[0].children(recursive=True)
-        for process in stopped[1:]:
-            process.suspend()
         try:
+            stopped[0].suspend()  # first, so that it makes no more
+            stopped += stopped[0].children(recursive=True)
+            for process in stopped[1:]:
+                with contextlib.suppress(psutil.NoSuchProcess):  # its session has ended meanwhile
+                    process.suspend()
             yield
         finally:
             for process in reversed(stopped):
-                process.resume()
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.resume()
 
     def restart(self) -> None:
         """Crash and start again: what was not written down is gone."""
@@ -205,10 +207,7 @@ def running() -> Iterator[Server]:
             file.chmod(0o600)
             if account:
                 os.chown(file, account["user"], account["group"])
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        server = Server(folder, programs, port, password_file, folder / "ca.pem", None)  # type: ignore[arg-type]
+        server = Server(folder, programs, free_port(), password_file, folder / "ca.pem", None)  # type: ignore[arg-type]
         server.start()
         try:
             yield server

@@ -7,12 +7,13 @@ import os
 import secrets
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 
 import pytest
+
+from waiting import wait_for
 
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test-access-key", "AWS_SECRET_ACCESS_KEY": "test-secret-key"}
 # Nothing of the machine's own: no profile, no other endpoint, no instance that hands out credentials.
@@ -36,11 +37,17 @@ class Endpoint:
     def __init__(self, port: int) -> None:
         self.address = f"127.0.0.1:{port}"
 
+    def answers(self) -> bool:
+        with contextlib.suppress(urllib.error.URLError):
+            urllib.request.urlopen(f"http://{self.address}/", timeout=60).close()
+            return True
+        return False
+
     def bucket(self) -> str:
         """A new, empty bucket's name."""
         name = f"bucket-{secrets.token_hex(6)}"
         request = urllib.request.Request(f"http://{self.address}/{name}", method="PUT")
-        with urllib.request.urlopen(request, timeout=10):  # noqa: S310
+        with urllib.request.urlopen(request, timeout=60):  # noqa: S310
             return name
 
     def url(self, prefix: str = "blobs") -> str:
@@ -58,11 +65,7 @@ def server() -> Iterator[Endpoint]:
         try:
             assert process.stdout is not None
             endpoint = Endpoint(int(process.stdout.readline()))
-            for _ in range(100):
-                with contextlib.suppress(urllib.error.URLError):
-                    urllib.request.urlopen(f"http://{endpoint.address}/", timeout=10).close()
-                    break
-                time.sleep(0.05)
+            wait_for(endpoint.answers)
             yield endpoint
         finally:
             process.kill()

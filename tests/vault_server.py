@@ -33,6 +33,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from cloister.signing import certificates
+from waiting import wait_for
 
 # What the README tells an administrator to grant.
 POLICY = {
@@ -126,8 +127,7 @@ class VaultServer:
 
     def __enter__(self) -> VaultServer:
         self._thread.start()
-        while not self._server.started:
-            time.sleep(0.01)
+        wait_for(lambda: self._server.started)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -197,7 +197,7 @@ def try_faults(folder: Path, names: tuple[str, ...]) -> tuple[Counter[str], list
     return hits, problems
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(3600 if EVERY else 300)
 def test_a_fault_at_any_write_leaves_a_consistent_state(capsys: pytest.CaptureFixture[str]) -> None:
     if not faults.usable():

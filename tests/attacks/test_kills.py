@@ -372,7 +372,7 @@ def kill_at_every_commit(folder: Path, server: Server | None, seed: int) -> tupl
     return mortal.operations, mortal.points, mortal.kinds
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", ["sqlite", "postgres"])
 def test_a_kill_at_any_commit_loses_nothing_and_hides_nothing(kind: str, request: pytest.FixtureRequest) -> None:

@@ -45,7 +45,7 @@ def arena(sealed_template: World, tmp_path_factory: pytest.TempPathFactory) -> I
 # ---- one request at a time ----
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @SCHEMA.parametrize()
 @settings(REPEATABLE, max_examples=6)
 def test_no_request_is_answered_badly(case: Case, arena: Arena) -> None:
@@ -77,7 +77,7 @@ def replaced(value: Any, place: tuple[Any, ...], text: str) -> Any:
     return [replaced(part, place[1:], text) if key == place[0] else part for key, part in enumerate(value)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("label", OPERATIONS)
 def test_odd_text_in_any_place_is_no_fault(arena: Arena, label: str) -> None:
     """NUL, which PostgreSQL has no form for, half a character, one beyond 16 bits, SQL, a path, a header's end."""
@@ -139,7 +139,7 @@ def linked_from(source: str) -> Any:
     return schemathesis.openapi.from_dict(document, config=schemathesis.Config.from_dict(CONFIG))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("source", LINKS)
 def test_no_sequence_of_requests_is_answered_badly(arena: Arena, source: str) -> None:
     """What a request has made or shown, and all that can be done with it, in any order."""
@@ -170,7 +170,7 @@ def test_no_sequence_of_requests_is_answered_badly(arena: Arena, source: str) ->
     pytest.fail(f"only {+followed} were followed")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_most_of_that_was_not_refused_at_the_door(arena: Arena) -> None:
     """Last in this file: what the others did. A fuzz that only gets refusals finds nothing."""
     if arena.cases.keys() != OPERATIONS.keys():

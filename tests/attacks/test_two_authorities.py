@@ -33,7 +33,7 @@ from cloister.authority.settings import AuthoritySettings
 from cloister.signing import certificates, tokens
 from cloister.signing.tokens import AUTHORITY_AUDIENCE, JWT_BEARER
 from cloister.stores.tables import identities, quota_windows, runs
-from command_line import free_port
+from ports import free_port
 
 CALLERS, ROUNDS = 8, 12
 KILLED_AFTER = CALLERS * ROUNDS // 4
@@ -202,7 +202,7 @@ def authorities(world: World, tmp_path: Path) -> Iterator[list[Process]]:
         each.end(signal.SIGTERM)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_of_many_authorities_may_be_killed_under_load(
     world: World, authorities: list[Process], tmp_path: Path
 ) -> None:

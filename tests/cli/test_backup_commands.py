@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from command_line import ROOT, CommandLine, free_port
+from command_line import ROOT, CommandLine
+from ports import free_port
 
 VISITS = ROOT / "jobs" / "examples" / "visits"
 
@@ -24,7 +25,6 @@ def own(tmp_path: Path) -> Iterator[CommandLine]:
         line.run("down")
 
 
-@pytest.mark.slow
 def test_a_machine_is_lost_and_restored_from_a_backup_and_the_keys(own: CommandLine, tmp_path: Path) -> None:
     own.json("identity", "add", "olga", "--role", "data-owner")
     own.json("data", "seal", VISITS / "visits.csv", "--schema", VISITS / "schema.yaml", who="olga")

@@ -15,7 +15,8 @@ import pytest
 
 from cloister.process import Daemon
 from cloister.signing import tokens
-from command_line import ADULT, CommandLine, free_port
+from command_line import ADULT, CommandLine
+from ports import free_port
 
 SCHEMA = ADULT / "schema.yaml"
 

@@ -23,7 +23,6 @@ def own_line(tmp_path: Path) -> Iterator[CommandLine]:
     line.run("down")
 
 
-@pytest.mark.slow
 def test_the_readmes_data_session(own_line: CommandLine, tmp_path: Path) -> None:
     (tmp_path / "cloister").write_text(f'#!/bin/sh\nexec {sys.executable} -m cloister.cli "$@"\n')
     (tmp_path / "cloister").chmod(0o755)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from command_line import ROOT, CommandLine, free_port
+from command_line import ROOT, CommandLine
+from ports import free_port
 from vault_server import VaultServer
 
 PASSPHRASE = "correct horse battery staple"
@@ -29,7 +30,6 @@ def settings(line: CommandLine, text: str) -> None:
     (line.home / "config.yaml").write_text(text)
 
 
-@pytest.mark.slow
 def test_a_passphrase_in_a_file_opens_the_authority(own: CommandLine, tmp_path: Path) -> None:
     secret = tmp_path / "passphrase"
     secret.write_text(PASSPHRASE + "\n")
@@ -70,7 +70,6 @@ def test_a_passphrase_is_asked_for_on_a_terminal(own: CommandLine) -> None:
     assert own.json("key", "list")
 
 
-@pytest.mark.slow
 def test_an_authority_with_a_vault_keeps_no_key_at_home(
     own: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

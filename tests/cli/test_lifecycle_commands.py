@@ -33,7 +33,6 @@ def typed(line: CommandLine, *words: str | Path, said: str) -> subprocess.Comple
     )  # fmt: skip
 
 
-@pytest.mark.slow
 def test_erasing_and_correcting_by_hand(line: CommandLine, sealed: Path) -> None:
     nobody = line.refused("data", "erase", "clinic", "--subject", "no such patient", who="olga")
     assert "no live version" in nobody

@@ -7,9 +7,9 @@ import os
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import httpx
@@ -17,11 +17,12 @@ import psutil
 import pytest
 
 from cloister import cluster as cluster_module
-from cloister.cluster import RayCluster, ray_cluster, reap
+from cloister.cluster import RayCluster, clusters_folder, ray_cluster, reap
 from cloister.cluster.guardian import MARKER
 from cloister.errors import InputError, UnavailableError
+from waiting import wait_for
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.story
 
 SECRET_OF_THE_CALLER = "correct-horse-battery-staple"
 
@@ -88,13 +89,35 @@ def cluster() -> Iterator[RayCluster]:
         del os.environ["SOME_PASSWORD"]
 
 
-def descendants(cluster: RayCluster) -> list[psutil.Process]:
+def descendants(cluster: RayCluster) -> Iterator[psutil.Process]:
+    """The processes of a cluster. Any but the guardian may end at any moment: look with `unless_gone`."""
     guardian = psutil.Process(cluster.pid)
-    return [guardian, *guardian.children(recursive=True)]
+    yield guardian
+    yield from guardian.children(recursive=True)
+
+
+@contextlib.contextmanager
+def unless_gone(process: psutil.Process) -> Iterator[None]:
+    """For a look at a process of somebody else's, who may end it meanwhile."""
+    try:
+        yield
+    except (OSError, psutil.Error):
+        if alive(process):
+            raise
 
 
 def listening(process: psutil.Process) -> list[tuple[str, int]]:
-    return [(s.laddr.ip, s.laddr.port) for s in process.net_connections("tcp") if s.status == psutil.CONN_LISTEN]
+    with unless_gone(process):
+        return [(s.laddr.ip, s.laddr.port) for s in process.net_connections("tcp") if s.status == psutil.CONN_LISTEN]
+    return []
+
+
+def alive(process: psutil.Process) -> bool:
+    """Neither gone nor a zombie. It may end between any two looks."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def token(cluster: RayCluster) -> str:
@@ -126,13 +149,6 @@ def submit(cluster: RayCluster, folder: Path, entrypoint: str) -> str:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
-
-
-def wait_for(condition: object, timeout_s: float = 20) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_every_socket_is_on_loopback(cluster: RayCluster) -> None:
@@ -204,23 +220,35 @@ def test_two_torch_workers_train(cluster: RayCluster, tmp_path: Path) -> None:
 
 def test_no_secret_in_environment_arguments_or_logs(cluster: RayCluster) -> None:
     secrets = [token(cluster), (cluster.directory / "tls.key").read_text().splitlines()[1], SECRET_OF_THE_CALLER]
+    looked = 0
     for process in descendants(cluster):
         for name in ("environ", "cmdline"):
-            text = Path(f"/proc/{process.pid}/{name}").read_bytes().decode(errors="replace")
+            text = ""
+            with unless_gone(process):
+                text = Path(f"/proc/{process.pid}/{name}").read_bytes().decode(errors="replace")
             assert not [s for s in secrets if s in text], (process.pid, name)
+            looked += bool(text)
+    assert looked >= 8
     for path in cluster.directory.rglob("*"):
         if path.is_file() and path.parent != cluster.directory:
-            text = path.read_bytes().decode(errors="replace")
-            assert not [s for s in secrets if s in text], path
+            with contextlib.suppress(FileNotFoundError):  # Ray removed it meanwhile
+                text = path.read_bytes().decode(errors="replace")
+                assert not [s for s in secrets if s in text], path
     assert not [s for s in secrets if s in repr(cluster) + repr(cluster.environment())]
 
 
 def test_processes_make_private_files_and_no_core_dumps(cluster: RayCluster) -> None:
+    looked = 0
     for process in descendants(cluster):
-        assert process.rlimit(psutil.RLIMIT_CORE) == (0, 0), process
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        assert int(status.split("Umask:")[1].split()[0], 8) == 0o077, process
-        assert Path(f"/proc/{process.pid}/environ").read_bytes().count(f"{MARKER}={cluster.directory}".encode()) == 1
+        with unless_gone(process):
+            limit = process.rlimit(psutil.RLIMIT_CORE)
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            environment = Path(f"/proc/{process.pid}/environ").read_bytes()
+            assert limit == (0, 0), process
+            assert int(status.split("Umask:")[1].split()[0], 8) == 0o077, process
+            assert environment.count(f"{MARKER}={cluster.directory}".encode()) == 1
+            looked += 1
+    assert looked >= 5
 
 
 def test_the_directory_is_private_and_takes_everything(cluster: RayCluster) -> None:
@@ -234,7 +262,7 @@ def test_the_directory_is_private_and_takes_everything(cluster: RayCluster) -> N
 
 
 def test_serving_cluster_has_no_api_server_and_leaves_nothing() -> None:
-    bystander = subprocess.Popen(["sleep", "60"])
+    bystander = subprocess.Popen(["sleep", "600"])
     daemon = (
         "import ray, subprocess; ray.init(logging_level='ERROR');\n"
         "@ray.remote\n"
@@ -245,15 +273,15 @@ def test_serving_cluster_has_no_api_server_and_leaves_nothing() -> None:
     try:
         with ray_cluster(num_cpus=1, job_api=False) as cluster:
             assert cluster.jobs_address is None
-            assert not [p for p in descendants(cluster) if "dashboard.py" in " ".join(p.cmdline())]
+            for process in descendants(cluster):
+                with unless_gone(process):
+                    assert "dashboard.py" not in " ".join(process.cmdline())
             env = os.environ | cluster.environment()
             escaped = int(
                 subprocess.run([sys.executable, "-c", daemon], env=env, capture_output=True, check=True).stdout
             )
             assert psutil.pid_exists(escaped)
-            processes = descendants(cluster)
-            start = time.monotonic()
-        assert time.monotonic() - start < 10
+            processes = list(descendants(cluster))
         assert not [p for p in processes if p.is_running()]
         assert not psutil.pid_exists(escaped)
         assert not cluster.directory.exists()
@@ -290,31 +318,40 @@ def test_a_killed_process_leaves_no_cluster(victim: str) -> None:
         if victim == "guardian":
             guardian.kill()
             assert reap(path) >= 1
-        wait_for(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes))
+        wait_for(lambda: not any(map(alive, processes)))
         wait_for(lambda: not path.exists())
     finally:
         supervisor.kill()
         supervisor.wait()
 
 
-def test_a_cluster_that_does_not_come_up_leaves_nothing() -> None:
-    parent = Path(f"/dev/shm/cloister-{os.getuid()}")  # noqa: S108
+def test_a_cluster_that_does_not_come_up_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    parent = clusters_folder() / "one"  # of this test alone: nobody else's cluster is met in it
 
-    def marked() -> set[int]:
-        """Processes of any cluster, such as the one that this module's other tests use."""
-        found = set()
-        for process in psutil.process_iter():
+    def marked() -> list[int]:
+        """The processes of all clusters there."""
+        found = []
+        for pid in psutil.pids():
             with contextlib.suppress(OSError):
-                if f"{MARKER}={parent}".encode() in Path(f"/proc/{process.pid}/environ").read_bytes():
-                    found.add(process.pid)
+                if f"{MARKER}={parent}/".encode() in Path(f"/proc/{pid}/environ").read_bytes():
+                    found.append(pid)
         return found
 
-    before, running = set(parent.iterdir()) if parent.exists() else set(), marked()
-    with pytest.raises(UnavailableError) as caught, ray_cluster(num_cpus=1, job_api=False, timeout_s=1.0):
+    wait_until_up = cluster_module._wait_until_up
+
+    def look_and_wait(*arguments: Any) -> None:
+        wait_for(marked)  # the search is not blind
+        wait_until_up(*arguments)
+
+    monkeypatch.setattr(cluster_module, "_wait_until_up", look_and_wait)
+    with (
+        pytest.raises(UnavailableError) as caught,
+        ray_cluster(num_cpus=1, job_api=False, timeout_s=0.5, parent=parent),
+    ):
         pass
     assert caught.value.hint
-    assert set(parent.iterdir()) == before
-    assert marked() == running
+    assert list(parent.iterdir()) == []
+    assert marked() == []
 
 
 def test_who_is_stopped_while_the_directory_is_made_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:

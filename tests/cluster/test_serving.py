@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import socket
 import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,11 @@ import yaml
 from cloister.client.inference import infer
 from cloister.cluster import RayCluster, ray_cluster
 from cloister.errors import UnavailableError
+from ports import free_port
 from serving_world import GOOD_COLUMNS, MODEL, TokenMaker, body, signed_release, write_endpoint
+from waiting import wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.story, pytest.mark.timeout(300)]
 ROOT = Path(__file__).parents[2]
 PYTHONPATH = os.pathsep.join([str(ROOT / "platform"), str(ROOT / "tests")])
 MAKER = TokenMaker()
@@ -35,6 +36,7 @@ from pathlib import Path
 import ray
 from ray import serve
 from cloister.serving import deployment
+from ports import free_port
 from serving_world import connect_to_fake
 ray.init(log_to_driver=False)
 serve.start(proxy_location="Disabled")
@@ -46,9 +48,7 @@ class Deployed:
     """A cluster with one endpoint of two replicas. Drivers are processes of their own: no Ray state in pytest."""
 
     def __init__(self, folder: Path, cluster: RayCluster) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.cluster = cluster
         self.directory = write_endpoint(folder / "endpoint", MAKER, port=self.port, replicas=2)
         (folder / "release").write_bytes(pickle.dumps(signed_release()))
@@ -81,14 +81,6 @@ def _listening(process: psutil.Process) -> list[Any]:
         return [c for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
     except psutil.Error:
         return []
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 30.0) -> float:
-    start = time.monotonic()
-    while not condition():
-        assert time.monotonic() - start < timeout_s
-        time.sleep(0.05)
-    return time.monotonic() - start
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@
 //   resources          {indicator: algorithm of its access tokens}
 //   groups             {account or client id: the `groups` claim of its access tokens}
 //   device_code_s      how long a device code lives
+//   interval_s         how long to wait before asking for its tokens again
 // It answers {"issuer": …} on one line when it listens, and ends when its standard input does.
 //
 // People log in on the provider's own development pages, which take any name and ask for no real password.
@@ -16,7 +17,6 @@ import https from 'node:https';
 import { createInterface } from 'node:readline';
 import Provider, { errors } from 'oidc-provider';
 
-const INTERVAL_S = 5;
 const lines = createInterface({ input: process.stdin });
 const settings = JSON.parse((await lines[Symbol.asyncIterator]().next()).value);
 process.stdin.on('end', () => process.exit(0)).resume();
@@ -57,10 +57,10 @@ const provider = new Provider(issuer, {
 const polledAt = new Map();
 provider.use(async (ctx, next) => {
   await next();
-  if (ctx.oidc?.route === 'device_authorization' && ctx.status === 200) ctx.body.interval = INTERVAL_S;
+  if (ctx.oidc?.route === 'device_authorization' && ctx.status === 200) ctx.body.interval = settings.interval_s;
   if (ctx.oidc?.route === 'token' && ctx.body?.error === 'authorization_pending') {
     const code = ctx.oidc.params.device_code;
-    const early = Date.now() - (polledAt.get(code) ?? 0) < INTERVAL_S * 1000;
+    const early = Date.now() - (polledAt.get(code) ?? 0) < settings.interval_s * 1000;
     polledAt.set(code, Date.now());
     if (early) ctx.body = { error: 'slow_down', error_description: 'polled too early' };
   }

@@ -84,6 +84,7 @@ class Provider:
     modules: Path
     folder: Path
     device_code_s: int = 600
+    interval_s: int = 5
     keys: list[dict[str, Any]] = field(default_factory=signing_keys, repr=False)
     services: dict[str, tuple[bytes, dict[str, Any]]] = field(default_factory=service_keys, repr=False)
     port: int = 0
@@ -166,6 +167,7 @@ class Provider:
             "resources": {AUDIENCE: "ES256", AUDIENCE_RS256: "RS256", OTHER_AUDIENCE: "ES256"},
             "groups": GROUPS,
             "device_code_s": self.device_code_s,
+            "interval_s": self.interval_s,
         }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -104,8 +105,15 @@ def test_a_stopped_endpoint_gets_nothing(released: World) -> None:
             assert released.refused(409, endpoint, "POST", f"/v1/endpoints/{endpoint}/{path}", body)
 
 
+def middle_of_a_window(world: World, window_s: int) -> float:
+    """Move the clock there: windows begin at multiples of their length, and none shall end during a test."""
+    world.clock.offset = offset = window_s / 2 - time.time() % window_s
+    return offset
+
+
 def test_many_replicas_at_once_are_granted_the_quota_and_no_more(released: World) -> None:
     endpoint = released.deploy(quota=100, window_s=3600)
+    middle_of_a_window(released, 3600)
     with ThreadPoolExecutor(8) as pool:
         blocks = list(pool.map(lambda _: take(released, endpoint, 7), range(24)))
     assert sum(block["granted"] for block in blocks) == 100
@@ -117,18 +125,20 @@ def test_many_replicas_at_once_are_granted_the_quota_and_no_more(released: World
 
 def test_a_new_window_grants_anew_and_a_clock_that_goes_back_does_not(released: World) -> None:
     endpoint = released.deploy(quota=10, window_s=60)
+    start = middle_of_a_window(released, 60)
     first = take(released, endpoint, 8)
     assert (first["granted"], take(released, endpoint, 8)["granted"]) == (8, 2)
     assert 0 < first["window_ends"] - released.clock() <= 60
-    released.clock.offset = 60
+    released.clock.offset = start + 60
     second = take(released, endpoint, 10_000)
     assert (second["granted"], second["window_ends"]) == (10, first["window_ends"] + 60)
-    released.clock.offset = 0
+    released.clock.offset = start
     assert take(released, endpoint, 1)["granted"] == 0
 
 
 def test_each_caller_has_a_quota_of_their_own_that_all_endpoints_share(released: World) -> None:
     one, two = released.deploy(quota=10, window_s=3600), released.deploy(quota=10, window_s=3600)
+    middle_of_a_window(released, 3600)
     assert take(released, one, 6)["granted"] + take(released, two, 6)["granted"] == 10
     assert take(released, two, 6, "dora")["granted"] == 6
 

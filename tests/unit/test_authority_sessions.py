@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,13 @@ class Login:
     def token(self, subject: str = "2517", **claims: Any) -> str:
         now = int(time.time())
         known = {"iss": ISSUER, "sub": subject, "aud": AUDIENCE, "client_id": "cli", "iat": now, "exp": now + 300}
+        claims = {name: value(now) if callable(value) else value for name, value in claims.items()}
         return jwt.encode({"alg": "ES256", "typ": "at+jwt", "kid": "k1"}, known | claims, self.key, ["ES256"])
+
+
+def after(seconds: int) -> Callable[[int], int]:
+    """A time for `Login.token`, from when the token is made: parameters are made long before."""
+    return lambda now: now + seconds
 
 
 @pytest.fixture
@@ -95,8 +102,8 @@ def test_whom_an_issuer_vouches_for_gets_in_as_who_they_are_here(empty_world: Wo
 
 @pytest.mark.parametrize(
     "claims",
-    [{"sub": "2518"}, {"iss": "https://other.test"}, {"aud": "urn:elsewhere"}, {"exp": int(time.time()) - 60},
-     {"cnf": {"jkt": "x"}}, {"iat": int(time.time()) + 600, "exp": int(time.time()) + 900}],
+    [{"sub": "2518"}, {"iss": "https://other.test"}, {"aud": "urn:elsewhere"}, {"exp": after(-60)},
+     {"cnf": {"jkt": "x"}}, {"iat": after(600), "exp": after(900)}],
 )  # fmt: skip
 def test_whom_nobody_registered_or_who_has_another_token_gets_nothing(
     empty_world: World, login: Login, claims: dict[str, Any]

@@ -30,6 +30,7 @@ from cloister.signing import certificates
 from cloister.stores.database import Database
 from cloister.stores.keys import EmbeddedKeys
 from cloister.stores.tables import log_checkpoints
+from waiting import wait_for
 
 KEY = SigningKey(bytes(32))
 VERIFIER_KEY = Journal(KEY).verifier_key
@@ -374,10 +375,7 @@ def test_it_goes_on_in_the_background_until_it_is_stopped(core: Core, tmp_path: 
     witnessing.start()
     try:
         for size in (3, 7):
-            deadline = time.monotonic() + 20
-            while size not in stored(core) and time.monotonic() < deadline:
-                time.sleep(0.01)
-            assert size in stored(core)
+            wait_for(lambda size=size: size in stored(core))
             grow(core, 4)
     finally:
         witnessing.stop()

@@ -164,14 +164,14 @@ def test_only_operators_make_them(world: World, tmp_path: Path) -> None:
 def test_a_backup_tells_nothing_without_the_key_service(world: World, tmp_path: Path) -> None:
     back_up(world, tmp_path / "backup")
     told = b"".join(path.read_bytes() for path in (tmp_path / "backup").rglob("*") if path.is_file())
-    for needle in (b"olga", b"adult@", b"income", b"education", b"Private", b"PUBLIC KEY"):
+    for needle in (b'"olga"', b"data-owner", b"adult@", b"income", b"education", b"Private", b"PUBLIC KEY"):
         assert needle not in told
     shutil.rmtree(world.directory / "keys")
     with pytest.raises(NotFoundError):
         parts_of(world)
 
 
-@pytest.mark.parametrize("there", ["sqlite", "postgres"])
+@pytest.mark.parametrize("there", ["sqlite", pytest.param("postgres", marks=pytest.mark.story)])
 def test_the_same_backup_goes_into_either_database(
     world: World, there: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

@@ -320,7 +320,7 @@ def test_many_uses_fit_into_one_entry(world: World) -> None:
 def vault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[VaultServer]:
     """From here on every authority that is opened keeps its keys there."""
     with VaultServer(tmp_path) as server:
-        settings = VaultSettings(kind="vault", address=server.address, ca_certificate=server.ca, timeout_s=2.0)
+        settings = VaultSettings(kind="vault", address=server.address, ca_certificate=server.ca, timeout_s=60.0)
 
         def opened_there(_directory: Path) -> VaultKeys:
             return VaultKeys(settings, {"VAULT_TOKEN": server.token()})

@@ -67,7 +67,7 @@ def loaded(place: Place, pieces: Iterable[bytes]) -> Database:
     return database
 
 
-@pytest.mark.parametrize("to", ["sqlite", "postgres"])
+@pytest.mark.parametrize("to", ["sqlite", pytest.param("postgres", marks=pytest.mark.story)])
 def test_everything_comes_back_from_either_database_into_either(
     place: Place, to: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

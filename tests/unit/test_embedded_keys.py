@@ -303,10 +303,13 @@ def failing(work: Callable[[], Any], at: int, how: int | None) -> None:
         return
     child = os.fork()
     if child == 0:
-        with pytest.MonkeyPatch.context() as patch:
-            _Disk(patch, at, how)
-            work()
-        os._exit(0)
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                _Disk(patch, at, how)
+                work()
+            os._exit(0)
+        finally:
+            os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
 
 
@@ -317,11 +320,14 @@ def test_two_processes_rotate_without_losing_a_version(tmp_path: Path) -> None:
     for number in range(4):
         child = os.fork()
         if child == 0:
-            own = EmbeddedKeys(tmp_path)
-            for index in range(5):
-                own.rotate(NAME)
-                own.store_secret(f"s-{number}-{index}", b"kept")
-            os._exit(0)
+            try:
+                own = EmbeddedKeys(tmp_path)
+                for index in range(5):
+                    own.rotate(NAME)
+                    own.store_secret(f"s-{number}-{index}", b"kept")
+                os._exit(0)
+            finally:
+                os._exit(1)
         children.append(child)
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 4
     assert ring.states()[0].newest == 21
@@ -357,4 +363,4 @@ def test_who_reads_the_ring_while_it_is_overwritten_reads_it_again(tmp_path: Pat
             with pytest.raises(TimeoutError):
                 reading.result(0.2)
             file.write_bytes(good)
-        assert reading.result(10) == [KEY]
+        assert reading.result(60) == [KEY]

@@ -120,13 +120,13 @@ def test_a_misspelt_column_is_found_by_place_and_closest_name() -> None:
     assert "'age'" in unknown.value.hint
 
 
-def test_adult_is_read_in_under_a_second_and_is_what_was_published() -> None:
+def test_adult_is_read_in_seconds_and_is_what_was_published() -> None:
     schema = DatasetSchema.from_yaml_text((ADULT / "schema.yaml").read_text())
     data = (ADULT / "adult.csv.gz").read_bytes()
     assert data[4:8] == bytes(4), "a gzip time stamp makes the file differ from build to build"
-    start = time.perf_counter()
+    start = time.process_time()
     table = read_table(data, schema)
-    assert time.perf_counter() - start < 3.0, "usually 0.2 s; slow machines are forgiven"
+    assert time.process_time() - start < 10.0, "processor time, usually 0.3 s"
     assert table.num_rows == 32561
     assert table["income-per-year"].to_numpy().sum() == 7841
 

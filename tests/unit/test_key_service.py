@@ -47,7 +47,9 @@ class Kind:
             return VaultKeys(
                 VaultSettings(kind="vault", prefix=self.directory.name), REAL | {"HOME": os.environ["HOME"]}
             )
-        settings = VaultSettings(kind="vault", address=self.server.address, ca_certificate=self.server.ca)
+        settings = VaultSettings(
+            kind="vault", address=self.server.address, ca_certificate=self.server.ca, timeout_s=60.0
+        )
         return VaultKeys(settings, {"VAULT_TOKEN": self.server.token()})
 
 

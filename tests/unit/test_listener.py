@@ -24,16 +24,14 @@ from cloister.client.node import NodeFolder
 from cloister.errors import AuthenticationError, PermissionDeniedError, UnavailableError
 from cloister.signing import certificates
 from cloister.stores.files import write_atomic
+from ports import free_port
 
 
 class Port:
     """An authority that answers on a real port, and its first operator."""
 
     def __init__(self, directory: Path, **settings: Any) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            number = probe.getsockname()[1]
-        self.settings = AuthoritySettings(port=number, **settings)
+        self.settings = AuthoritySettings(port=free_port(), **settings)
         self.authority = Authority(directory, url=self.settings.url)
         self.operator = Person("operator", ["operator"])
         self.authority.identities.bootstrap("operator", self.operator.public)
@@ -41,11 +39,11 @@ class Port:
         self.listener = Listener(self.authority, self.settings, self.ready.set)
         self._thread = threading.Thread(target=self.listener.run)
         self._thread.start()
-        assert self.ready.wait(20)
+        assert self.ready.wait(60)
 
     def stop(self) -> None:
         self.listener.should_exit = True
-        self._thread.join(20)
+        self._thread.join(60)
 
     @property
     def ca(self) -> Path:
@@ -155,7 +153,11 @@ def test_a_token_got_over_mutual_tls_is_worth_nothing_elsewhere(port: Port, node
         token = client.token()
     context = ssl.create_default_context(cafile=port.ca)
     answer = httpx.get(
-        f"{port.settings.url}/v1/me", headers={"Authorization": f"Bearer {token}"}, verify=context, trust_env=False
+        f"{port.settings.url}/v1/me",
+        headers={"Authorization": f"Bearer {token}"},
+        verify=context,
+        trust_env=False,
+        timeout=60,
     )
     assert answer.status_code == 401
 
@@ -168,7 +170,7 @@ def test_a_header_cannot_claim_a_certificate(port: Port, node: NodeFolder) -> No
     for name in ("x-client-cert", "x-forwarded-client-cert", "x-ssl-client-cert", "cloister.peer"):
         answer = httpx.get(
             f"{port.settings.url}/v1/me", headers={"Authorization": f"Bearer {token}", name: pem},
-            verify=ssl.create_default_context(cafile=port.ca), trust_env=False,
+            verify=ssl.create_default_context(cafile=port.ca), trust_env=False, timeout=60,
         )  # fmt: skip
         assert answer.json()["node"] is None
 

@@ -54,7 +54,7 @@ def weights(model: nn.Module) -> torch.Tensor:
 
 def in_threads(world_size: int, body: Callable[[int, Callable[[torch.Tensor], None]], None]) -> None:
     """Run `body` on each rank, with an all-reduce that really meets."""
-    barrier = threading.Barrier(world_size, timeout=60)
+    barrier = threading.Barrier(world_size, timeout=300)
     shared: list[torch.Tensor] = [torch.empty(0)] * world_size
     failures: list[BaseException] = []
 

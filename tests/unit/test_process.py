@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +25,7 @@ umask = os.umask(0o077)
 facts = {"environment": dict(os.environ), "core": resource.getrlimit(resource.RLIMIT_CORE), "umask": umask,
          "session": os.getsid(0), "arguments": sys.argv[2:]}
 Daemon(Path(sys.argv[1])).report("ready", **facts)
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -40,7 +40,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture
 def stranger() -> Iterator[subprocess.Popen[bytes]]:
     """A process of somebody else, which must outlive every test."""
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     yield process
     process.kill()
     process.wait()
@@ -81,7 +81,7 @@ def test_a_child_inherits_only_what_is_listed(tmp_path: Path, module: str, monke
         monkeypatch.setenv(name, "" if name == "LD_PRELOAD" else "SECRET")
     daemon = Daemon(tmp_path / "daemon")
     daemon.start(module, [str(tmp_path / "daemon"), "--flag"], {"CLOISTER_EXTRA": "1"})
-    status = daemon.wait_ready(30, what="the sleeper")
+    status = daemon.wait_ready(120, what="the sleeper")
     process = daemon.process()
     assert process is not None
     assert set(status["environment"]) <= {*INHERITED, *AWS_PLACES, "CLOISTER_EXTRA", "LC_CTYPE"}
@@ -89,17 +89,16 @@ def test_a_child_inherits_only_what_is_listed(tmp_path: Path, module: str, monke
     assert (status["umask"], status["core"], status["arguments"]) == (0o077, [0, 0], ["--flag"])
     assert status["session"] == process.pid != os.getsid(0)
     assert daemon.stop() is True
-    assert not psutil.pid_exists(process.pid) or process.status() == psutil.STATUS_ZOMBIE
+    with contextlib.suppress(psutil.NoSuchProcess):
+        assert process.status() == psutil.STATUS_ZOMBIE
     assert daemon.stop() is False
 
 
 def test_a_daemon_that_dies_is_reported_at_once(tmp_path: Path) -> None:
     daemon = Daemon(tmp_path / "daemon")
     daemon.start("no_such_module_at_all", [])
-    started = time.monotonic()
-    with pytest.raises(UnavailableError, match="stopped while starting"):
-        daemon.wait_ready(30, what="it")
-    assert time.monotonic() - started < 20
+    with pytest.raises(UnavailableError, match="stopped while starting"):  # and not "was not ready after"
+        daemon.wait_ready(300, what="it")
 
 
 def test_a_daemon_says_why_it_failed(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import pickle
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +36,7 @@ from cloister.serving.pipeline import Authorizer, Pipeline
 from cloister.serving.release import VerifiedModel
 from cloister.serving.replica import Backing, Replica
 from cloister.serving.tables import MAX_BODY_BYTES
+from ports import free_port
 from serving_world import (
     GOOD_COLUMNS,
     MODEL,
@@ -62,7 +65,8 @@ class Served:
         self.replica = Replica(str(self.directory), self.connect)
         self.url = f"https://127.0.0.1:{self.replica.port}"
         self.ca = self.directory / "ca.crt"
-        self.http = httpx.Client(base_url=self.url, verify=ssl.create_default_context(cafile=self.ca), trust_env=False)
+        context = ssl.create_default_context(cafile=self.ca)
+        self.http = httpx.Client(base_url=self.url, verify=context, trust_env=False, timeout=60)
 
     def connect(self, _: Endpoint) -> Backing:
         return Backing(authority=self.authority, authorizer=cedar_authorizer, clock=lambda: NOW)
@@ -83,6 +87,20 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     yield world
     world.http.close()
     world.replica.close()
+
+
+@contextlib.contextmanager
+def begun(served: Served, content_length: int) -> Iterator[ssl.SSLSocket]:
+    """A connection on which a request has begun: its body is still to come."""
+    context = ssl.create_default_context(cafile=served.ca)
+    lines = (f"POST {URL} HTTP/1.1", "host:x", f"authorization: Bearer {served.token()}")
+    head = "\r\n".join((*lines, f"content-length: {content_length}", "", ""))
+    with (
+        socket.create_connection(("127.0.0.1", served.replica.port), timeout=60) as raw,
+        context.wrap_socket(raw, server_hostname="127.0.0.1") as connection,
+    ):
+        connection.sendall(head.encode())
+        yield connection
 
 
 def check_refusal(response: httpx.Response, status: int) -> dict[str, Any]:
@@ -152,14 +170,7 @@ class TestRefusals:
         check_refusal(served.http.post(URL, content=chunks(), headers=headers), 413)
 
     def test_413_before_a_body_that_is_announced_too_large(self, served: Served) -> None:
-        context = ssl.create_default_context(cafile=served.ca)
-        lines = (f"POST {URL} HTTP/1.1", "host:x", f"authorization: Bearer {served.token()}", "content-length: 2000000")
-        head = "\r\n".join((*lines, "", ""))
-        with (
-            socket.create_connection(("127.0.0.1", served.replica.port), timeout=5) as raw,
-            context.wrap_socket(raw, server_hostname="127.0.0.1") as connection,
-        ):
-            connection.sendall(head.encode())
+        with begun(served, content_length=2_000_000) as connection:
             assert connection.recv(4096).startswith(b"HTTP/1.1 413")
 
     def test_a_stranger_sends_no_body(self, served: Served) -> None:
@@ -170,15 +181,10 @@ class TestRefusals:
         check_refusal(served.post(**{"content-encoding": "gzip"}), 415)
 
     def test_408_for_a_body_that_never_ends(self, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(app_module, "BODY_TIMEOUT_S", 0.2)
-
-        def slow() -> Iterator[bytes]:
-            yield b"{"
-            time.sleep(0.5)
-            yield b"}"
-
-        headers = {"authorization": f"Bearer {served.token()}"}
-        check_refusal(served.http.post(URL, content=slow(), headers=headers), 408)
+        monkeypatch.setattr(app_module, "BODY_TIMEOUT_S", 0.5)
+        with begun(served, content_length=2) as connection:
+            connection.sendall(b"{")
+            assert connection.recv(4096).startswith(b"HTTP/1.1 408")
 
     def test_429_says_when_to_come_back(self, served: Served) -> None:
         served.authority.used["greedy"] = served.authority.budget
@@ -204,14 +210,14 @@ class TestTransport:
         context = ssl.create_default_context(cafile=served.ca)
         context.maximum_version = ssl.TLSVersion.TLSv1_2
         with (
-            socket.create_connection(("127.0.0.1", served.replica.port), timeout=5) as raw,
+            socket.create_connection(("127.0.0.1", served.replica.port), timeout=60) as raw,
             pytest.raises(ssl.SSLError),
         ):
             context.wrap_socket(raw, server_hostname="127.0.0.1")
 
     def test_no_plain_http(self, served: Served) -> None:
         with pytest.raises(httpx.TransportError):
-            httpx.get(served.url.replace("https", "http") + "/v2", timeout=5)
+            httpx.get(served.url.replace("https", "http") + "/v2", timeout=60)
 
     def test_two_replicas_share_the_port_and_one_can_leave(self, served: Served, tmp_path: Path) -> None:
         folder = write_endpoint(tmp_path / "e", MAKER, port=served.replica.port)
@@ -234,19 +240,24 @@ class TestTransport:
                 Replica(str(folder), served.connect)
 
     def test_a_request_in_flight_is_finished(self, tmp_path: Path) -> None:
+        asking, closing = threading.Event(), threading.Event()
+
         class Slow(FakeAuthority):
             def take_quota_block(self, endpoint_id: str, subject: str, wanted: int) -> tuple[int, float]:
-                time.sleep(0.5)
+                asking.set()
+                assert closing.wait(60)
+                time.sleep(0.5)  # for `close` to begin
                 return super().take_quota_block(endpoint_id, subject, wanted)
 
         world = Served(tmp_path, Slow(signed_release(), window_ends=NOW + 60))
 
         async def story() -> httpx.Response:
             context = ssl.create_default_context(cafile=world.ca)
-            async with httpx.AsyncClient(base_url=world.url, verify=context) as client:
+            async with httpx.AsyncClient(base_url=world.url, verify=context, timeout=60) as client:
                 headers = {"authorization": f"Bearer {world.token()}"}
                 asked = asyncio.create_task(client.post(URL, json=body(), headers=headers))
-                await asyncio.sleep(0.25)
+                await asyncio.to_thread(asking.wait, 60)
+                closing.set()
                 await asyncio.to_thread(world.replica.close)
                 return await asked
 
@@ -317,13 +328,11 @@ class TestStart:
         return Replica(str(write_endpoint(folder / "e", MAKER, **config)), connect)
 
     def test_without_approvals(self, tmp_path: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         with pytest.raises(ApprovalMissingError):
             self.start(tmp_path, FakeAuthority(changed(signed_release(), approvals=[])), port=port)
         with pytest.raises(ConnectionRefusedError):
-            socket.create_connection(("127.0.0.1", port), timeout=1)
+            socket.create_connection(("127.0.0.1", port), timeout=60)
 
     def test_for_another_model(self, tmp_path: Path) -> None:
         with pytest.raises(CloisterError):

@@ -115,7 +115,7 @@ def test_a_swallowed_failure_is_never_taken_for_a_commit(place: Place) -> None:
 def test_a_locked_database_is_unavailable_in_time(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     assert engines.ANSWER_TIMEOUT_S < 10
     assert engines.BUSY_TIMEOUT_S < engines.STATEMENT_TIMEOUT_S < engines.ANSWER_TIMEOUT_S < engines.IDLE_TIMEOUT_S
-    monkeypatch.setattr(engines, "BUSY_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(engines, "BUSY_TIMEOUT_S", 2.0)
     state, other = place.open(), place.open()
     with other.transaction() as connection:
         connection.execute(insert(budgets).values(dataset="a", epsilon=1.0, delta=1e-5))
@@ -157,6 +157,14 @@ def test_a_file_that_is_no_database_is_refused(tmp_path: Path, content: bytes) -
         Database(tmp_path / "no-folder" / "state.db")
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow disk makes nobody give up."""
+    for name, seconds in {"BUSY": 120, "STATEMENT": 130, "ANSWER": 140, "IDLE": 200}.items():
+        monkeypatch.setattr(engines, f"{name}_TIMEOUT_S", seconds)
+
+
+@pytest.mark.usefixtures("patient")
 def test_more_callers_than_connections_all_get_their_turn(place: Place) -> None:
     """Through two that are open at once, as two authorities would be."""
     both = [place.open(), place.open()]
@@ -255,6 +263,7 @@ def test_a_migration_that_fails_leaves_nothing(place: Place, monkeypatch: pytest
     add(place.open(), "a")
 
 
+@pytest.mark.usefixtures("patient")
 def test_two_that_open_a_new_database_at_once_both_can(place: Place) -> None:
     with ThreadPoolExecutor() as pool:
         both = list(pool.map(lambda _: place.open(), range(4)))

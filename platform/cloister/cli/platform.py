@@ -12,7 +12,7 @@ import click
 
 from cloister.cli import output
 from cloister.cli.context import Context, common, key_file, require_free_port
-from cloister.cluster import reap
+from cloister.cluster import clusters_folder, reap
 from cloister.config import AuthoritySettings, Settings
 from cloister.errors import CloisterError, InputError, UnavailableError
 from cloister.process import Daemon
@@ -24,7 +24,6 @@ from cloister.stores.keys.settings import EmbeddedSettings, VaultSettings
 OPERATOR = "operator"
 NODE = "local"
 START_TIMEOUT_S = 30.0
-SHM = "/dev/shm"  # noqa: S108  (where Ray clusters live, below a folder of their own)
 
 
 @click.command()
@@ -211,8 +210,10 @@ def _findings(home: Home) -> Any:
     yield "key service", *_key_service(Settings.load(home).authority.keys)
     swap = _swap_bytes()
     yield "swap", "weak" if swap else "good", "keys may be swapped out: turn swap off or encrypt it" if swap else "off"
-    shm = os.access(SHM, os.W_OK)
-    yield "tmpfs for Ray", "good" if shm else "bad", SHM if shm else f"mount a writable tmpfs at {SHM}"
+    clusters = clusters_folder()
+    place = clusters if clusters.exists() else clusters.parent
+    writable = os.access(place, os.W_OK)
+    yield "tmpfs for Ray", "good" if writable else "bad", str(place) if writable else f"make {place} a writable tmpfs"
     for directory in sorted(home.endpoints.glob("*/")):
         daemon = Daemon(directory / "serving")
         if daemon.process():

@@ -25,7 +25,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -34,12 +33,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cloister.cluster.files import LOOPBACK, choose_directory, make_directory, write_credentials, write_private
+from cloister.cluster.files import choose_directory, clusters_folder, make_directory, write_credentials, write_private
 from cloister.cluster.guardian import GRACE_S, MARKER, reap
 from cloister.errors import InputError, UnavailableError
+from cloister.ports import LOOPBACK, reserved_ports
 from cloister.stores.blobs import aws_places
 
-__all__ = ["RayCluster", "ray_cluster", "reap"]
+__all__ = ["RayCluster", "clusters_folder", "ray_cluster", "reap"]
 
 RUN_GUARDIAN = "import sys; from cloister.cluster.guardian import guard; guard(sys.argv[1:])"
 
@@ -103,16 +103,15 @@ def ray_cluster(
     """
     if "RAY_AUTH_TOKEN" in (environment or {}):
         raise InputError("a token does not belong in an environment variable", "the cluster makes its own")
-    directory = choose_directory(parent or Path(f"/dev/shm/cloister-{os.getuid()}"))  # noqa: S108 our own, 0700
+    directory = choose_directory(parent or clusters_folder())
     guardian: subprocess.Popen[bytes] | None = None
     try:
         make_directory(directory)  # in here: a SIGTERM may come at any moment
         write_credentials(directory)
-        gcs_port, *ports = _free_ports(7)
-        command = _ray_start(directory, gcs_port, ports, num_cpus, num_gpus, object_store_bytes, job_api)
         log = directory / "guardian.log"
         write_private(log, b"")
-        with log.open("ab") as output:
+        with reserved_ports(7) as (gcs_port, *ports), log.open("ab") as output:
+            command = _ray_start(directory, gcs_port, ports, num_cpus, num_gpus, object_store_bytes, job_api)
             guardian = subprocess.Popen(
                 [sys.executable, "-c", RUN_GUARDIAN, *command],
                 stdin=subprocess.PIPE,  # never written to: that it closes is the signal to end
@@ -122,7 +121,7 @@ def ray_cluster(
                 cwd=directory,
                 start_new_session=True,  # a Ctrl-C on the caller's terminal must not race with the caller's clean-up
             )
-        _wait_until_up(log, guardian, timeout_s)
+            _wait_until_up(log, guardian, timeout_s)
         yield RayCluster(
             directory=directory,
             gcs_address=f"{LOOPBACK}:{gcs_port}",
@@ -168,15 +167,6 @@ def _environment(directory: Path, extra: Mapping[str, str]) -> dict[str, str]:
             MARKER: str(directory),
         }
     )
-
-
-def _free_ports(count: int) -> list[int]:
-    """Distinct free ports. Somebody may take one before Ray does: then the cluster does not come up."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind((LOOPBACK, 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def _ray_start(

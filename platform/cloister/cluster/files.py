@@ -16,17 +16,25 @@ from pathlib import Path
 import psutil
 
 from cloister.errors import InputError, UnavailableError
+from cloister.ports import LOOPBACK
 from cloister.signing import certificates
 
-LOOPBACK = "127.0.0.1"
+CLUSTERS_FOLDER = "CLOISTER_TMPFS"  # the environment variable that names another folder on a tmpfs
 CERTIFICATE_LIFETIME = timedelta(days=365)  # Ray reads certificates once: a cluster must end before this does
 MAX_UNIX_PATH_BYTES = 107  # sockaddr_un.sun_path less its NUL, unix(7)
 RAY_SOCKET_PATH = "r/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store"  # the longest
 
 
+def clusters_folder() -> Path:
+    """Where this user's clusters have their directories, 0700."""
+    return Path(os.environ.get(CLUSTERS_FOLDER) or f"/dev/shm/cloister-{os.getuid()}")  # noqa: S108  (our own)
+
+
 def choose_directory(parent: Path) -> Path:
     """The path of a cluster's directory below `parent`, which is made if need be. It is not there yet."""
-    hint = "Cloister keeps Ray's files in memory: mount a writable tmpfs at /dev/shm"
+    hint = (
+        f"Cloister keeps Ray's files in memory: mount a writable tmpfs at /dev/shm, or name one by ${CLUSTERS_FOLDER}"
+    )
     try:
         parent.mkdir(mode=0o700, exist_ok=True)
         status = parent.lstat()
