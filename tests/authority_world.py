@@ -56,7 +56,7 @@ ADDRESS = "192.0.2.77"  # where all requests come from (RFC 5737: nobody's)
 CODE = "sha256:" + "c0de" * 16
 EPSILON, DELTA = 3.0, 1e-5
 STEPS = 10
-SUBJECTS_KEY = b"who is held out, in all tests..."  # 32 bytes; `test_clinic` holds it to what they need
+SUBJECTS_KEY = b"who is held out, in all tests..."  # 32 bytes: enough people, in each part
 MANY = 100_000  # what may be handed in a minute: tests are faster than people
 ROLES = {
     "operator": ["operator"], "olga": ["data-owner"], "otto": ["data-owner"], "ed": ["engineer"], "eve": ["engineer"],
@@ -158,6 +158,12 @@ class World:
         """The certificate (DER) of the node that workloads speak from."""
         self._shown: tuple[bytes | None] | None = None
 
+    def choose_who_is_held_out(self) -> None:
+        """The same of a few people in every run: by chance it might be nobody, or all of them."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("cloister.stores.keys.embedded.new_key", lambda: SUBJECTS_KEY)
+            self.authority.core._service.derive(SUBJECTS, b"")
+
     def copy(self, directory: Path) -> World:
         """Another, over a copy of everything."""
         shutil.copytree(self.directory, directory, ignore=shutil.ignore_patterns("state.db*"))
@@ -247,7 +253,8 @@ class World:
             answer = self.exchange(self.assertion(name), audience)
             assert answer.status_code == 200, answer.text
             token = answer.json()["access_token"]
-            self.tokens[name, audience] = token, time.monotonic()
+            # One that was issued under a lent role may live for less.
+            self.tokens[name, audience] = token, time.monotonic() - max(0, 305 - answer.json()["expires_in"])
         return token
 
     def ask(self, name: str, method: str, path: str, body: Any = None, **options: Any) -> Any:
@@ -492,9 +499,7 @@ def empty_template(world_server: Server | None, tmp_path_factory: pytest.TempPat
 def sealed_template(empty_template: World, tmp_path_factory: pytest.TempPathFactory) -> World:
     """An authority with everybody registered and `adult@1` sealed, closed again."""
     world = empty_template.copy(tmp_path_factory.mktemp("template") / "authority")
-    with pytest.MonkeyPatch.context() as patch:  # who of a few people is held out is the same in every run
-        patch.setattr("cloister.stores.keys.embedded.new_key", lambda: SUBJECTS_KEY)
-        world.authority.core._service.derive(SUBJECTS, b"")
+    world.choose_who_is_held_out()
     world.seal()
     world.set_budget()
     world.authority.close()

@@ -50,7 +50,7 @@ class CommandLine:
         return {"CLOISTER_HOME": str(self.home), CLUSTERS_FOLDER: str(self.clusters)}
 
     def run(
-        self, *words: str | Path, who: str = "operator", timeout_s: float = 120
+        self, *words: str | Path, who: str = "operator", timeout_s: float = 300
     ) -> subprocess.CompletedProcess[str]:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("CLOISTER_")}
         return subprocess.run(
@@ -62,12 +62,12 @@ class CommandLine:
             cwd=ROOT,
         )
 
-    def json(self, *words: str | Path, who: str = "operator", timeout_s: float = 120) -> Any:
+    def json(self, *words: str | Path, who: str = "operator", timeout_s: float = 300) -> Any:
         done = self.run(*words, "--json", who=who, timeout_s=timeout_s)
         assert done.returncode == 0, f"cloister {words}: {done.stdout}{done.stderr}"
         return json.loads(done.stdout)
 
-    def refused(self, *words: str | Path, who: str = "operator", timeout_s: float = 120) -> str:
+    def refused(self, *words: str | Path, who: str = "operator", timeout_s: float = 300) -> str:
         """Standard error of a command that must be refused as every refusal is: two lines, exit code 1."""
         done = self.run(*words, who=who, timeout_s=timeout_s)
         assert done.returncode == 1, f"cloister {words}: {done.returncode} {done.stdout}{done.stderr}"

@@ -18,7 +18,14 @@ pytest_plugins = ["own_root", "outcomes"]
 # No deadline: a busy machine is no fault of the example's. Always the same examples: a red run can be repeated.
 settings.register_profile("cloister", deadline=None, derandomize=True)
 settings.load_profile("cloister")
-REAL_SERVERS = {"postgres_server", "provider", "s3_server"}
+REAL_SERVERS = {"poor_server", "postgres_server", "provider", "provider_modules", "s3_server"}
+
+
+# Files that take long: they come first, so that no process is left with one of them at the end.
+LONGEST = (
+    "cluster/test_story", "oidc/test_login_story", "cluster/test_cluster", "cli/test_bad_input", "cluster/test_serving",
+    "attacks/test_faults", "attacks/test_schema_fuzz", "attacks/test_kills", "cli/test_keys", "unit/test_suite",
+)  # fmt: skip
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -27,6 +34,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if REAL_SERVERS & set(getattr(item, "fixturenames", ())):
             item.add_marker("story")
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.nodeid.partition(".py")[0].removeprefix("tests/"), len(order)))
 
 
 @pytest.fixture(scope="module")

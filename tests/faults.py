@@ -88,7 +88,7 @@ def usable() -> bool:
 
 def in_child(
     operation: Callable[[Any], Any], *, watched: Sequence[Path], mode: Mode = "kill", at: int = 0,
-    setup: Callable[[], Any] = lambda: None, timeout_s: float = 60,
+    setup: Callable[[], Any] = lambda: None, timeout_s: float = 300,
 ) -> Outcome:  # fmt: skip
     """Run `operation` in a forked process whose `at`-th write below `watched` (from 1; 0: none) meets a fault.
 

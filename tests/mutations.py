@@ -383,7 +383,9 @@ def attack(kind: str, names: list[str], count: int = 0, seed: int = 1) -> Report
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "place"
         command = [sys.executable, __file__, kind, str(count), str(seed), str(place), *names]
-        environment = os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system"}  # others reserve address space beforehand
+        # Address space is limited: no pool reserves any, and nothing takes more of it on a machine with more cores.
+        frugal = {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
+        environment = os.environ | frugal
         child = subprocess.run(command, capture_output=True, timeout=TIMEOUT_S, env=environment, check=False)
         if child.returncode == 0:
             return Report(**json.loads(child.stdout))

@@ -69,7 +69,7 @@ class Outcomes:
     def pytest_runtest_logreport(self, report: Any) -> None:
         folder = "/".join(report.nodeid.split("::")[0].split("/")[:2])
         self._cpu_s[folder] += getattr(report, "cpu_s", 0.0)
-        self._tests[folder] += report.when == "call"
+        self._tests[folder] += report.when == "call" and type(report) is pytest.TestReport  # no subtest
         if self._file is None or not (report.failed or report.when == "call" or report.skipped):
             return
         line = {"test": report.nodeid, "outcome": report.outcome, "when": report.when}

@@ -25,10 +25,11 @@ import pytest
 
 from cloister.signing import certificates
 from ports import free_port
+from waiting import wait_for
 
 USER = "cloister"
 START_TIMEOUT_S = 120.0
-MEMORY_BYTES = 2 << 30
+MEMORY_BYTES = 8 << 30  # more than one run of the suite may think so
 SETTINGS = {
     "listen_addresses": "127.0.0.1",
     "password_encryption": "scram-sha-256",
@@ -107,6 +108,11 @@ class Server:
     def end_connections(self, name: str) -> None:
         """Returns when they are gone."""
         self.admin("SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = :name", name=name)
+
+    def settle(self, name: str) -> None:
+        """Wait until nobody does anything in that database, nor holds a transaction open: what hung may go on first."""
+        busy = "SELECT 1 FROM pg_stat_activity WHERE datname = :name AND state <> 'idle' AND pid <> pg_backend_pid()"
+        wait_for(lambda: not self.admin(busy, name=name))
 
     def set(self, setting: str, value: str | None) -> None:
         """For all connections, those that are open too. None: as it was."""

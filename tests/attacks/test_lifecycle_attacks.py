@@ -84,7 +84,7 @@ def lie_where_another_does(made: Made) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        drop_a_file, change_a_files("sha256", "0" * 64), change_a_files("rows", 9), change_a_files("role", "holdout"),
+        drop_a_file, change_a_files("sha256", "0" * 64), change_a_files("rows", 900), change_a_files("role", "holdout"),
         change_a_files("path", "datasets/clinic/elsewhere"), change_a_files("sealed_in", 2), claim_it_is_older,
         change_the_schema, change_lineage(parents=["clinic@1"]), change_lineage(parents=["adult@1"]),
         change_lineage(parents=[]), change_lineage(rows_before=1), change_lineage(rows_after=1),

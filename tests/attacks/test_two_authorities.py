@@ -37,9 +37,9 @@ from ports import free_port
 
 CALLERS, ROUNDS = 8, 12
 KILLED_AFTER = CALLERS * ROUNDS // 4
-QUOTA = 150
+QUOTA = 100  # the callers want 113
 AFFORDABLE = 3  # runs of epsilon 3, under a budget of 10
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 240.0
 SHARED = ("keys", "blobs", "ca.pem", "endpoint-ca.pem", "node-ca.pem")
 
 
@@ -76,14 +76,17 @@ class Process:
         context = ssl.create_default_context(cafile=self.directory / "ca.pem")
         if certificate:
             context.load_cert_chain(*certificate)
-        return httpx.Client(base_url=self.settings.url, verify=context, timeout=30)
+        return httpx.Client(base_url=self.settings.url, verify=context, timeout=120)
 
     def end(self, number: signal.Signals) -> None:
         if self.process is not None:
             self.serving.clear()
-            self.process.send_signal(number)
-            self.process.wait(30)
-            self.process = None
+            process, self.process = self.process, None
+            process.send_signal(number)
+            try:
+                process.wait(START_TIMEOUT_S)
+            finally:
+                process.kill()
 
 
 @dataclass
@@ -176,7 +179,12 @@ class Session:
             answer = client.post("/v1/token", data=form)
             assert answer.status_code == 200, answer.text
             self._tokens[name] = answer.json()["access_token"]
-        return client.post(path, json=body, headers={"Authorization": f"Bearer {self._tokens[name]}"})
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            answer = client.post(path, json=body, headers={"Authorization": f"Bearer {self._tokens[name]}"})
+            busy = answer.status_code == 503 and "nothing was changed" in answer.json()["hint"]
+            if not busy or path == "/v1/runs" or time.monotonic() > deadline:
+                return answer
 
 
 @pytest.fixture
@@ -188,7 +196,7 @@ def authorities(world: World, tmp_path: Path) -> Iterator[list[Process]]:
     if world.place.server:
         options = world.place.options
         database = {"database": options["place"], "database_password_file": options["password_file"]}
-    made = []
+    made: list[Process] = []
     for number in range(2 if database else 1):
         directory = world.directory
         if number:
@@ -197,9 +205,10 @@ def authorities(world: World, tmp_path: Path) -> Iterator[list[Process]]:
             for name in SHARED:
                 (directory / name).symlink_to(world.directory / name)
         made.append(Process(directory, AuthoritySettings(port=free_port(), **database), operator_key))
-    yield made
-    for each in made:
-        each.end(signal.SIGTERM)
+    with contextlib.ExitStack() as stack:
+        for each in made:
+            stack.callback(each.end, signal.SIGTERM)
+        yield made
 
 
 @pytest.mark.long
@@ -239,7 +248,7 @@ def test_one_of_many_authorities_may_be_killed_under_load(
     extra = len(after.names - before.names - load.registered - after.runs)
     assert extra + len(after.runs - before.runs - load.accepted) <= load.unanswered
     # 2. Never more than there is.
-    assert after.granted <= QUOTA
+    assert after.most_granted <= QUOTA
     assert len(after.runs) <= AFFORDABLE
     assert after.epsilon <= 10.0
     # 3. The log says what the state says, is whole, and goes on from what it was.
@@ -286,6 +295,7 @@ class Found:
     names: set[str]
     runs: set[str]
     granted: int
+    most_granted: int
     epsilon: float
     log: list[bytes]
 
@@ -295,10 +305,11 @@ def read(world: World) -> Found:
     with database.reading() as connection:
         names = set(connection.execute(select(identities.c.name)).scalars())
         found = connection.execute(select(runs.c.id, runs.c.epsilon_charged)).all()
-        granted = sum(connection.execute(select(quota_windows.c.granted)).scalars())
+        granted = list(connection.execute(select(quota_windows.c.granted)).scalars())
     header, entries = read_export(database, world.authority.log.verifier_key)
     log = list(entries)
     world.place.close()
     _, key = parse_verifier_key(header.verifier_key)
     assert verify_log(log, header.checkpoints, key, LOG_ORIGIN).size == len(log)
-    return Found(names, {run.id for run in found}, granted, sum(run.epsilon_charged for run in found), log)
+    epsilon = sum(run.epsilon_charged for run in found)
+    return Found(names, {run.id for run in found}, sum(granted), max(granted, default=0), epsilon, log)

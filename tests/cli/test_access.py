@@ -41,7 +41,7 @@ def test_the_readmes_access_session(line: CommandLine, folder: Path) -> None:
             typed = typed.replace("APPROVAL", re.findall(r"apr-[0-9a-f]+", said["cloister approvals list"])[0])
             line.refused("approve", typed.split()[2], who="ed")  # not for oneself
         done = subprocess.run(
-            ["bash", "-c", typed], env=environment, capture_output=True, text=True, timeout=60, cwd=folder
+            ["bash", "-c", typed], env=environment, capture_output=True, text=True, timeout=300, cwd=folder
         )
         assert done.returncode == wanted, f"{typed}: {done.stdout}{done.stderr}"
         said[" ".join(command.split()[:3])] = done.stdout

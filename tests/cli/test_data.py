@@ -36,7 +36,7 @@ def test_the_readmes_data_session(own_line: CommandLine, tmp_path: Path) -> None
     assert len(session) > 15
     for command, wanted in session:
         done = subprocess.run(
-            ["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=60, cwd=tmp_path
+            ["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path
         )
         assert done.returncode == wanted, f"{command}: {done.stdout}{done.stderr}"
         said[command] = done.stdout

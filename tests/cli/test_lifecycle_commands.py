@@ -29,7 +29,7 @@ def typed(line: CommandLine, *words: str | Path, said: str) -> subprocess.Comple
     """A command of olga's, with this on its standard input."""
     return subprocess.run(
         [sys.executable, "-m", "cloister.cli", *map(str, words)], input=said, capture_output=True, text=True,
-        timeout=60, env={"PATH": "/usr/bin", "CLOISTER_HOME": str(line.home), "CLOISTER_AS": "olga"}, cwd=ROOT,
+        timeout=300, env={"PATH": "/usr/bin", "CLOISTER_HOME": str(line.home), "CLOISTER_AS": "olga"}, cwd=ROOT,
     )  # fmt: skip
 
 

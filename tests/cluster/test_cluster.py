@@ -145,7 +145,7 @@ def submit(cluster: RayCluster, folder: Path, entrypoint: str) -> str:
         env=os.environ | cluster.environment(),
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -25,7 +25,7 @@ from ports import free_port
 from serving_world import GOOD_COLUMNS, MODEL, TokenMaker, body, signed_release, write_endpoint
 from waiting import wait_for
 
-pytestmark = [pytest.mark.story, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.story
 ROOT = Path(__file__).parents[2]
 PYTHONPATH = os.pathsep.join([str(ROOT / "platform"), str(ROOT / "tests")])
 MAKER = TokenMaker()
@@ -62,7 +62,7 @@ class Deployed:
             env=environment | self.cluster.environment() | {"PYTHONPATH": PYTHONPATH},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
         )
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout

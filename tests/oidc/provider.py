@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -23,6 +24,8 @@ import pytest
 from joserfc.jwk import ECKey, OKPKey, RSAKey
 
 from cloister.signing import certificates
+from ports import free_port
+from waiting import PATIENCE_S
 
 HERE = Path(__file__).parent
 CLIENT_ID = "cloister-cli"
@@ -48,15 +51,15 @@ def install(cache: Path) -> Path:
     for path in locked:
         shutil.copy(path, fresh)
     command = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
-    done = subprocess.run(command, cwd=fresh, capture_output=True, text=True, check=False, timeout=240)
-    if done.returncode:
-        shutil.rmtree(fresh)
-        reason = next((line for line in done.stderr.splitlines() if line.startswith("npm error")), "npm ci failed")
-        pytest.skip(f"no OpenID Connect provider: {reason}")
     try:
-        fresh.rename(folder)
-    except OSError:  # another run was faster
-        shutil.rmtree(fresh)
+        done = subprocess.run(command, cwd=fresh, capture_output=True, text=True, check=False, timeout=800)
+        if done.returncode:
+            reason = next((line for line in done.stderr.splitlines() if line.startswith("npm error")), "npm ci failed")
+            pytest.skip(f"no OpenID Connect provider: {reason}")
+        with contextlib.suppress(OSError):  # another run was faster
+            fresh.rename(folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
     return folder
 
 
@@ -87,7 +90,7 @@ class Provider:
     interval_s: int = 5
     keys: list[dict[str, Any]] = field(default_factory=signing_keys, repr=False)
     services: dict[str, tuple[bytes, dict[str, Any]]] = field(default_factory=service_keys, repr=False)
-    port: int = 0
+    port: int = field(default_factory=free_port)
     issuer: str = ""
     _tls: tuple[bytes, bytes] = field(default=(b"", b""), repr=False)
     _process: subprocess.Popen[str] | None = field(default=None, repr=False)
@@ -192,7 +195,7 @@ class Person:
         self._name = name
         self._agrees = agrees
         context = ssl.create_default_context(cafile=ca)
-        self._browser = httpx.Client(verify=context, follow_redirects=True, trust_env=False)
+        self._browser = httpx.Client(verify=context, follow_redirects=True, trust_env=False, timeout=PATIENCE_S)
 
     def visit(self, url: str) -> str:
         """Open `url`, log in, agree (or not), and return the text of the last page."""

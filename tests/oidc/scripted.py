@@ -47,14 +47,14 @@ class ScriptedIssuer:
                 self.send_response(status)
                 for name, value in headers.items():
                     self.send_header(name, value)
-                self.send_header("Content-Length", str(len(body) + 100 * outer.drips))
+                self.send_header("Content-Length", str(len(body) + 1000 * outer.drips))
                 self.end_headers()
                 self.wfile.write(body)
                 if outer.drips:
                     self._drip()
 
             def _drip(self) -> None:
-                for _ in range(100):
+                for _ in range(1000):
                     time.sleep(0.02)
                     try:
                         self.wfile.write(b" ")

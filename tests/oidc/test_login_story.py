@@ -22,6 +22,7 @@ from cloister.signing import tokens
 from command_line import ROOT, CommandLine
 from oidc.provider import AUDIENCE, CLIENT_ID, OTHER_AUDIENCE, Provider
 from ports import free_port
+from waiting import PATIENCE_S
 
 GROUPS = {"claim": "groups", "map": {"ml-reviewers": ["reviewer"], "pipelines": ["engineer"]}}
 
@@ -74,7 +75,7 @@ def log_in(
         url = re.search(r"https://\S+", shown)
         assert url, shown
         provider.person(person, agrees=agrees).visit(url[0])
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
     return subprocess.CompletedProcess(command, process.returncode, out, shown + err)
 
 
@@ -90,7 +91,7 @@ def exchange(line: CommandLine, token: str) -> httpx.Response:
         "resource": tokens.AUTHORITY_AUDIENCE,
     }  # fmt: skip
     context = ssl.create_default_context(cafile=line.home / "client" / "ca.pem")
-    return httpx.post(f"{facts['url']}/v1/token", data=form, verify=context, trust_env=False)
+    return httpx.post(f"{facts['url']}/v1/token", data=form, verify=context, trust_env=False, timeout=PATIENCE_S)
 
 
 def test_a_person_of_a_group_gets_its_role_and_a_session_that_renews_itself(
@@ -214,9 +215,9 @@ def test_a_service_with_a_key_here_works_by_private_key_jwt_too(line: CommandLin
         "resource": tokens.AUTHORITY_AUDIENCE,
     }  # fmt: skip
     context = ssl.create_default_context(cafile=line.home / "client" / "ca.pem")
-    answer = httpx.post(f"{facts['url']}/v1/token", data=form, verify=context, trust_env=False)
+    answer = httpx.post(f"{facts['url']}/v1/token", data=form, verify=context, trust_env=False, timeout=PATIENCE_S)
     assert answer.status_code == 200, answer.text
-    again = httpx.post(f"{facts['url']}/v1/token", data=form, verify=context, trust_env=False)
+    again = httpx.post(f"{facts['url']}/v1/token", data=form, verify=context, trust_env=False, timeout=PATIENCE_S)
     assert again.status_code == 401, "an assertion works once"
 
 

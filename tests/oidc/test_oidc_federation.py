@@ -15,12 +15,14 @@ from joserfc import jws
 from joserfc.jwk import ECKey, RSAKey
 from pydantic import ValidationError
 
+from cloister.authority import federation as federation_module
 from cloister.authority.federation import MAX_KEYS_AGE_S, MIN_FETCH_INTERVAL_S, Federation, Issuer, RoleMapping
 from cloister.client import oidc
 from cloister.client.issuer import IssuerClient
 from cloister.errors import AuthenticationError, CloisterError, InputError, IntegrityError, UnavailableError
 from oidc.provider import AUDIENCE, Provider, signing_keys
 from oidc.scripted import METADATA, ScriptedIssuer
+from waiting import PATIENCE_S
 
 NODE_SIGNER = RSAKey.generate_key(2048, {"kid": "cluster-1"})
 
@@ -121,7 +123,10 @@ def test_a_flood_of_invented_keys_is_one_request(
     assert scripted.asked == [METADATA, "/jwks"] * 2
 
 
-def test_many_threads_fetch_once(scripted: ScriptedIssuer, make: Callable[..., Federation]) -> None:
+def test_many_threads_fetch_once(
+    scripted: ScriptedIssuer, make: Callable[..., Federation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(federation_module, "FIRST_KEYS_WAIT_S", PATIENCE_S)
     federation, token = make(settings(scripted)), scripted.token()
     with ThreadPoolExecutor(16) as pool:
         found = list(pool.map(lambda _: federation.verify(token, time.time()).subject, range(64)))
@@ -227,11 +232,14 @@ def test_metadata_that_are_not_believed(scripted: ScriptedIssuer, metadata: dict
 
 
 def test_issuer_that_sends_a_byte_at_a_time(scripted: ScriptedIssuer) -> None:
-    with IssuerClient(scripted.url, ca=scripted.ca, timeout_s=0.3) as client:
+    with IssuerClient(scripted.url, ca=scripted.ca) as client:
         assert client.metadata().issuer == scripted.url
-        scripted.drips = True
-        with pytest.raises(UnavailableError, match="slow"):
-            client.metadata()
+    scripted.drips = True
+    with (
+        IssuerClient(scripted.url, ca=scripted.ca, timeout_s=2.0) as client,
+        pytest.raises(UnavailableError, match="slow"),
+    ):
+        client.metadata()
 
 
 def test_issuer_with_another_certificate(scripted: ScriptedIssuer, make: Callable[..., Federation]) -> None:

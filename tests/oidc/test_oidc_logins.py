@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qs, urlencode, urlsplit, urlunsplit
 
@@ -16,11 +17,13 @@ import pytest
 from joserfc.jwk import ECKey
 
 from cloister.authority.federation import Federation, Issuer, RoleMapping
+from cloister.client import loopback as loopback_module
 from cloister.client import oidc
 from cloister.client.loopback import Loopback
 from cloister.errors import AuthenticationError, InputError, IntegrityError, UnavailableError
 from oidc.provider import AUDIENCE, AUDIENCE_RS256, CLIENT_ID, OTHER_AUDIENCE, Person, Provider
 from oidc.scripted import ScriptedIssuer
+from waiting import PATIENCE_S
 
 REVIEWERS = RoleMapping(claim="groups", map={"ml-reviewers": ["reviewer", "auditor"], "pipelines": ["engineer"]})
 
@@ -51,7 +54,7 @@ class Browser:
         self._thread.start()
 
     def done(self) -> str:
-        self._thread.join(10)
+        self._thread.join(PATIENCE_S)
         return self.page
 
 
@@ -67,7 +70,7 @@ def changed(**fields: str) -> Callable[[str], str]:
 
 
 def browser_login(provider: Provider, browser: Callable[[str], object], **options: object) -> oidc.TokenSet:
-    arguments = {"resource": AUDIENCE, "ca": provider.ca, "timeout_s": 5.0} | options
+    arguments = {"resource": AUDIENCE, "ca": provider.ca, "timeout_s": PATIENCE_S} | options
     return oidc.browser_login(provider.issuer, CLIENT_ID, open_browser=browser, **arguments)  # type: ignore[arg-type]
 
 
@@ -155,10 +158,19 @@ def test_code_that_was_made_for_another_verifier(provider: Provider) -> None:
         browser_login(provider, Browser(provider.person("rita"), changed(code_challenge="A" * 43)))
 
 
-def test_answer_with_another_state_is_not_taken(provider: Provider) -> None:
+def test_answer_with_another_state_is_not_taken(provider: Provider, monkeypatch: pytest.MonkeyPatch) -> None:
     browser = Browser(provider.person("rita"), changed(state="guessed"))
+    late, take = [0.0], Loopback._take
+
+    def take_and_be_late(listener: Loopback, target: str, host: str | None) -> bool:
+        late[0] = 2 * PATIENCE_S  # the time is over with the first answer, however long that took to come
+        return take(listener, target, host)
+
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + late[0])
+    monkeypatch.setattr(Loopback, "_take", take_and_be_late)
+    monkeypatch.setattr(loopback_module, "time", clock)
     with pytest.raises(AuthenticationError, match="in time"):
-        browser_login(provider, browser, timeout_s=1.0)
+        browser_login(provider, browser)
     assert "not the answer" in browser.done()
 
 
@@ -185,7 +197,7 @@ def test_strangers_at_the_port_change_nothing() -> None:
         seen = []
 
         def knock() -> None:
-            with httpx.Client(trust_env=False) as stranger:
+            with httpx.Client(trust_env=False, timeout=PATIENCE_S) as stranger:
                 for url, query, host in (
                     (listener.redirect_uri, {"code": "evil"}, None),
                     (listener.redirect_uri, good | {"state": "wrong"}, None),
@@ -202,8 +214,8 @@ def test_strangers_at_the_port_change_nothing() -> None:
 
         thread = threading.Thread(target=knock)
         thread.start()
-        assert listener.wait(10) == good
-        thread.join(10)
+        assert listener.wait(PATIENCE_S) == good
+        thread.join(PATIENCE_S)
         assert seen == [400, 400, 400, 400, 400, 400, 501, 200]
         port = listener.redirect_uri
     with pytest.raises(httpx.ConnectError):
@@ -333,7 +345,11 @@ def test_assertion_that_was_made_for_another_issuer(provider: Provider) -> None:
         service(provider, "nightly-es256", audience="https://evil.test")
 
 
-@pytest.mark.parametrize("pem", [b"", b"-----BEGIN PRIVATE KEY-----", ECKey.generate_key("P-521").as_pem(private=True)])
+@pytest.mark.parametrize(
+    "pem",
+    [b"", b"-----BEGIN PRIVATE KEY-----", ECKey.generate_key("P-521").as_pem(private=True)],
+    ids=["empty", "cut", "another curve"],
+)
 def test_service_key_that_cannot_sign(provider: Provider, pem: bytes) -> None:
     with pytest.raises(InputError):
         service(provider, "nightly-es256", private_key_pem=pem)

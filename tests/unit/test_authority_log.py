@@ -40,8 +40,10 @@ def header_of(exported: bytes) -> export.Header:
 def small_pages(size: int) -> Iterator[None]:
     """So that a log of a test has more than one."""
     before, log_module.PAGE = log_module.PAGE, size
-    yield
-    log_module.PAGE = before
+    try:
+        yield
+    finally:
+        log_module.PAGE = before
 
 
 def everything(world: World) -> tuple[str, str]:

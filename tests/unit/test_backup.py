@@ -66,6 +66,8 @@ def lose(world: World) -> None:
 def bring_back(world: World, folder: Path, name: str = "operator", **options: Any) -> Restored:
     """Restore over what there is of the world's state, with its authority stopped."""
     world.authority.close()
+    if world.place.server:  # which takes a moment to see that a connection is gone
+        world.place.server.end_connections(world.place.name)
     database = Database(**world.place.options) if world.place.server else None
     try:
         return restore(parts_of(world), folder, who(world, name), database=database, **options)

@@ -263,16 +263,16 @@ BAD_REQUESTS: dict[str, tuple[Any, str]] = {
 
 
 class TestInput:
-    @pytest.mark.parametrize("case", BAD_REQUESTS)
-    def test_a_bad_request_is_refused_without_cost_and_without_an_echo(self, case: str) -> None:
-        request, message = BAD_REQUESTS[case]
-        world = World()
-        with pytest.raises(InputError) as caught:
-            ask(world, request)
-        assert message in caught.value.message + caught.value.hint
-        for value in (SECRET, "4711", "novel", "999"):
-            assert value not in str(caught.value.args)
-        assert world.authority.used == {}
+    def test_a_bad_request_is_refused_without_cost_and_without_an_echo(self, subtests: pytest.Subtests) -> None:
+        for case, (request, message) in BAD_REQUESTS.items():
+            with subtests.test(case):
+                world = World()
+                with pytest.raises(InputError) as caught:
+                    ask(world, request)
+                assert message in caught.value.message + caught.value.hint
+                for value in (SECRET, "4711", "novel", "999"):
+                    assert value not in str(caught.value.args)
+                assert world.authority.used == {}
 
     def test_what_the_protocol_allows_is_accepted(self) -> None:
         good = body(parameters={"binary_data_output": True})  # what tritonclient sends

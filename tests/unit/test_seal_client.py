@@ -367,7 +367,7 @@ def test_two_seals_of_one_owner_wait_for_each_other(world: World) -> None:
             sealing = pool.submit(clinic.seal, world)
             with pytest.raises(TimeoutError):
                 sealing.result(0.3)
-        assert sealing.result(30)["dataset"] == "clinic@1"
+        assert sealing.result(120)["dataset"] == "clinic@1"
 
 
 def test_a_store_that_never_stops_sending_is_not_followed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,63 +84,64 @@ def test_expiry_is_sharp_and_has_its_own_error() -> None:
     assert caught.value.hint
 
 
-@pytest.mark.parametrize(
-    "token",
-    [
-        forged(header={"alg": "none"}),
-        forged(header={"alg": "EdDSA"}),
-        forged(header={"alg": "ES256"}),
-        forged(header={"alg": ["Ed25519"]}),
-        forged(header={"typ": "JWT"}),
-        forged(header={"typ": tokens.ASSERTION_TYPE}),
-        forged(header={"kid": "k2"}),
-        forged(header={"kid": ["k1"]}),
-        forged(header={"jwk": {"kty": "OKP", "crv": "Ed25519", "x": "AA"}}),
-        forged(header={"jku": "https://attacker.test/keys"}),
-        forged(header={"x5u": "https://attacker.test/cert"}),
-        forged(header={"x5c": ["AA"]}),
-        forged(header={"crit": ["exp"]}),
-        forged(header={"crit": ["b64"], "b64": False}),
-        forged(drop="alg"),
-        forged(drop="typ"),
-        forged(drop="kid"),
-        *(forged(drop=name) for name in ("iss", "sub", "aud", "client_id", "roles", "iat", "exp", "jti")),
-        *(forged(drop=name) for name in ("kind", "epoch")),
-        forged(claims={"iss": "https://attacker.test"}),
-        forged(claims={"aud": "urn:cloister:authority"}),
-        forged(claims={"aud": [AUDIENCE, "urn:other"]}),
-        forged(claims={"sub": ""}),
-        forged(claims={"sub": 7}),
-        forged(claims={"sub": "x" * 257}),
-        forged(claims={"roles": "client"}),
-        forged(claims={"roles": ["client", 7]}),
-        forged(claims={"kind": ""}),
-        forged(claims={"kind": ["person"]}),
-        forged(claims={"epoch": -1}),
-        forged(claims={"epoch": "0"}),
-        forged(claims={"epoch": True}),
-        forged(claims={"epoch": 0.0}),
-        forged(claims={"cnf": {}}),
-        forged(claims={"cnf": "x" * 43}),
-        forged(claims={"cnf": {"x5t#S256": ""}}),
-        forged(claims={"cnf": {"x5t#S256": 7}}),
-        forged(claims={"cnf": {"jkt": "x" * 43}}),  # a binding that nobody here checks is not taken for none
-        forged(claims={"cnf": {"x5t#S256": "x" * 43, "jkt": "x" * 43}}),
-        forged(claims={"exp": str(int(NOW) + 300)}),
-        forged(claims={"exp": NOW + 300.5}),
-        forged(claims={"exp": True}),
-        forged(claims={"exp": int(NOW) + 601}),
-        forged(claims={"exp": int(NOW) + 10**9}),
-        forged(claims={"iat": int(NOW) + 60, "exp": int(NOW) + 120}),
-        forged(claims={"nbf": int(NOW) + 60}),
-        forged(claims={"nbf": "soon"}),
-    ],
-)  # fmt: skip
-def test_a_rightly_signed_token_with_one_fault_is_refused(token: str) -> None:
-    with pytest.raises(AuthenticationError) as caught:
-        check(token)
-    assert type(caught.value) is AuthenticationError
-    assert not any(piece and piece in str(caught.value.args) for piece in token.split("."))
+ONE_FAULT = [
+    forged(header={"alg": "none"}),
+    forged(header={"alg": "EdDSA"}),
+    forged(header={"alg": "ES256"}),
+    forged(header={"alg": ["Ed25519"]}),
+    forged(header={"typ": "JWT"}),
+    forged(header={"typ": tokens.ASSERTION_TYPE}),
+    forged(header={"kid": "k2"}),
+    forged(header={"kid": ["k1"]}),
+    forged(header={"jwk": {"kty": "OKP", "crv": "Ed25519", "x": "AA"}}),
+    forged(header={"jku": "https://attacker.test/keys"}),
+    forged(header={"x5u": "https://attacker.test/cert"}),
+    forged(header={"x5c": ["AA"]}),
+    forged(header={"crit": ["exp"]}),
+    forged(header={"crit": ["b64"], "b64": False}),
+    forged(drop="alg"),
+    forged(drop="typ"),
+    forged(drop="kid"),
+    *(forged(drop=name) for name in ("iss", "sub", "aud", "client_id", "roles", "iat", "exp", "jti")),
+    *(forged(drop=name) for name in ("kind", "epoch")),
+    forged(claims={"iss": "https://attacker.test"}),
+    forged(claims={"aud": "urn:cloister:authority"}),
+    forged(claims={"aud": [AUDIENCE, "urn:other"]}),
+    forged(claims={"sub": ""}),
+    forged(claims={"sub": 7}),
+    forged(claims={"sub": "x" * 257}),
+    forged(claims={"roles": "client"}),
+    forged(claims={"roles": ["client", 7]}),
+    forged(claims={"kind": ""}),
+    forged(claims={"kind": ["person"]}),
+    forged(claims={"epoch": -1}),
+    forged(claims={"epoch": "0"}),
+    forged(claims={"epoch": True}),
+    forged(claims={"epoch": 0.0}),
+    forged(claims={"cnf": {}}),
+    forged(claims={"cnf": "x" * 43}),
+    forged(claims={"cnf": {"x5t#S256": ""}}),
+    forged(claims={"cnf": {"x5t#S256": 7}}),
+    forged(claims={"cnf": {"jkt": "x" * 43}}),  # a binding that nobody here checks is not taken for none
+    forged(claims={"cnf": {"x5t#S256": "x" * 43, "jkt": "x" * 43}}),
+    forged(claims={"exp": str(int(NOW) + 300)}),
+    forged(claims={"exp": NOW + 300.5}),
+    forged(claims={"exp": True}),
+    forged(claims={"exp": int(NOW) + 601}),
+    forged(claims={"exp": int(NOW) + 10**9}),
+    forged(claims={"iat": int(NOW) + 60, "exp": int(NOW) + 120}),
+    forged(claims={"nbf": int(NOW) + 60}),
+    forged(claims={"nbf": "soon"}),
+]  # fmt: skip
+
+
+def test_a_rightly_signed_token_with_one_fault_is_refused(subtests: pytest.Subtests) -> None:
+    for token in ONE_FAULT:
+        with subtests.test(token=[base64.urlsafe_b64decode(piece + "==") for piece in token.split(".")[:2]]):
+            with pytest.raises(AuthenticationError) as caught:
+                check(token)
+            assert type(caught.value) is AuthenticationError
+            assert not any(piece and piece in str(caught.value.args) for piece in token.split("."))
 
 
 @pytest.mark.parametrize(
