@@ -19,8 +19,6 @@ pytest_plugins = ["own_root", "outcomes"]
 settings.register_profile("cloister", deadline=None, derandomize=True)
 settings.load_profile("cloister")
 REAL_SERVERS = {"poor_server", "postgres_server", "provider", "provider_modules", "s3_server"}
-
-
 # Files that take long: they come first, so that no process is left with one of them at the end.
 LONGEST = (
     "cluster/test_story", "oidc/test_login_story", "cluster/test_cluster", "cli/test_bad_input", "cluster/test_serving",

@@ -87,10 +87,8 @@ def second_try(first: list[Run]) -> tuple[list[str], Run | None]:
     if not again:
         return red, None
     if len(again) > MAX_SECOND_TRIES:
-        return [
-            *red,
-            f"{len(again)} failures of the environment, more than {MAX_SECOND_TRIES}: {', '.join(again)}",
-        ], None
+        red += [f"{len(again)} failures of the environment, more than {MAX_SECOND_TRIES}", *again]
+        return red, None
     say(f"\nOnce more, alone: {len(again)} of the failures were the environment's.")
     run = run_pytest(again)
     passed = {line["test"] for line in run.lines if line["outcome"] == "passed"}
