@@ -26,12 +26,13 @@ LONGEST = (
 )  # fmt: skip
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
     """What needs a server of its own belongs to the story. (Parameters that ask for one have the mark themselves.)"""
     for item in items:
         if REAL_SERVERS & set(getattr(item, "fixturenames", ())):
             item.add_marker("story")
+    yield
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.nodeid.partition(".py")[0].removeprefix("tests/"), len(order)))
 

@@ -1,13 +1,15 @@
 """What became of each test, whose fault it was, and what it cost: for `tools/suite.py`, and at the end of each run.
 
 A failure is the environment's if it is a time-out, a refused connection, a taken port or a fixture's set-up. Never
-where chance is what is tested: `attacks`, `properties`, and files about faults, kills and privacy.
+where chance is what is tested: in `attacks` and `properties`, and where the name of a file or test speaks of kills,
+crashes, faults, privacy, noise, epsilon or the ledger.
 """
 
 from __future__ import annotations
 
 import collections
 import errno
+import itertools
 import json
 import re
 import resource
@@ -20,26 +22,33 @@ import httpx
 import psutil
 import pytest
 
-NEVER = re.compile(r"(^|/)(attacks|properties)/|_(faults?|kills?|privacy)[_.]")
+NEVER = re.compile(r"(^|/)(attacks|properties)/|kill|crash|(?<!de)fault|privacy|noise|epsilon|ledger|budget")
 TIME_OUTS = (TimeoutError, subprocess.TimeoutExpired, psutil.TimeoutExpired, httpx.TimeoutException)
-REFUSED = (ConnectionRefusedError, httpx.ConnectError)
 DETAIL_CHARS = 4000
+MAX_CAUSES = 20
 
 
 def cause_outside(nodeid: str, when: str, error: BaseException) -> str:
     """Which part of the environment failed the test; "" if the test's own assertion did, or nothing may excuse it."""
-    if NEVER.search(nodeid.partition("::")[0]):
+    if NEVER.search(nodeid.partition("[")[0]) or (isinstance(error, AssertionError) and when != "setup"):
         return ""
-    each: BaseException | None = error
-    while each is not None:
-        if isinstance(each, TIME_OUTS) or str(each).startswith("Timeout ("):  # the latter is pytest-timeout's
+    if isinstance(error, pytest.fail.Exception) and str(error).startswith("Timeout ("):  # as pytest-timeout says it
+        return "a time-out"
+    for each in itertools.islice(_causes(error), MAX_CAUSES):
+        if isinstance(each, TIME_OUTS):
             return "a time-out"
-        if isinstance(each, REFUSED):
+        if isinstance(each, ConnectionRefusedError):
             return "a refused connection"
         if isinstance(each, OSError) and each.errno == errno.EADDRINUSE:
             return "a taken port"
-        each = each.__cause__
     return "a fixture's set-up" if when == "setup" else ""
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, and what it was raised from. (httpcore, below httpx, has that as its argument.)"""
+    while error is not None:
+        yield error
+        error = error.__cause__ or next((each for each in error.args if isinstance(each, BaseException)), None)
 
 
 def _cpu_s() -> float:
@@ -53,9 +62,12 @@ class Outcomes:
 
     def __init__(self, file: Path | None) -> None:
         self._file = file
-        self._before = _cpu_s()
+        self._before = 0.0
         self._cpu_s: collections.Counter[str] = collections.Counter()
         self._tests: collections.Counter[str] = collections.Counter()
+
+    def pytest_collection_finish(self) -> None:
+        self._before = _cpu_s()
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
@@ -64,17 +76,26 @@ class Outcomes:
         report.cpu_s, self._before = now - self._before, now
         if report.failed and call.excinfo is not None:
             report.outside = cause_outside(item.nodeid, call.when, call.excinfo.value)
+            report.cause = repr(call.excinfo.value)
         return report
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         folder = "/".join(report.nodeid.split("::")[0].split("/")[:2])
         self._cpu_s[folder] += getattr(report, "cpu_s", 0.0)
         self._tests[folder] += report.when == "call" and type(report) is pytest.TestReport  # no subtest
-        if self._file is None or not (report.failed or report.when == "call" or report.skipped):
-            return
-        line = {"test": report.nodeid, "outcome": report.outcome, "when": report.when}
+        self._write(report, report.when)
+
+    def pytest_collectreport(self, report: Any) -> None:
         if report.failed:
-            line |= {"outside": getattr(report, "outside", ""), "detail": report.longreprtext[-DETAIL_CHARS:]}
+            self._write(report, "collection")
+
+    def _write(self, report: Any, when: str) -> None:
+        if self._file is None:
+            return
+        line = {"test": report.nodeid, "outcome": report.outcome, "when": when}
+        if report.failed:
+            line |= {name: getattr(report, name, "") for name in ("outside", "cause")}
+            line["detail"] = report.longreprtext[-DETAIL_CHARS:]
         with self._file.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -90,4 +111,5 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(Outcomes(config.getoption("--outcomes")))
+    file = None if hasattr(config, "workerinput") else config.getoption("--outcomes")  # a worker reports to it
+    config.pluginmanager.register(Outcomes(file))

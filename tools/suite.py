@@ -1,15 +1,18 @@
 """Run the tests in tiers, and try once more, alone, what the environment has failed.
 
     python tools/suite.py gate story          what must pass before a change lands; `make test`
-    python tools/suite.py long                kills, exhaustive faults, fuzzing; `make long`
+    python tools/suite.py long                kills, a fault at every write, fuzzing; `make long`
     python tools/suite.py gate -- -k ledger   what follows `--` goes to pytest
 
 Guarantees:
   1. A test has a second try only if its failure was a time-out, a refused connection, a taken port or a fixture's
-     set-up, and never in attacks, properties, faults, kills and privacy (`tests/outcomes.py`). It runs alone, after the
-     rest, and is listed with its first failure.
-  2. Red: whatever else fails, whatever fails twice, and a run with more than three such failures.
-  3. At the end: processor time by tier, also of servers and clusters that nobody waited for.
+     set-up, and never where chance is what is tested (`tests/outcomes.py`). It runs after the rest, in one process,
+     and is listed with its first failure.
+  2. Red: whatever else fails, a test that does not pass the second time, more than three such failures, a file that
+     does not load, a process that does not end as it should, and a tier in which nothing ran. A fixture of many tests
+     whose set-up failed is one failure.
+  3. At the end: the time and the processor time of each tier. The latter includes servers and clusters that nobody
+     waited for, if they ended before the tier did.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,39 +36,52 @@ WORKERS = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
 MAX_SECOND_TRIES = 3
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 TESTS_FAILED, NO_TESTS = 1, 5  # pytest's exit codes
+WORST_LAST = ("passed", "skipped", "failed")
+
+Line = dict[str, Any]
+"""What became of one phase of one test (`tests/outcomes.py`)."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
-    """One call of pytest: how it ended, what it took, and a line for each test (`tests/outcomes.py`)."""
+    """One call of pytest: how it ended, and what it took."""
 
     code: int
     wall_s: float
     cpu_s: float
-    lines: list[dict[str, Any]]
-    failures: list[dict[str, Any]] = field(init=False)
+    lines: list[Line]
 
-    def __post_init__(self) -> None:
-        self.failures = [line for line in self.lines if line["outcome"] == "failed"]
+    @property
+    def failures(self) -> list[Line]:
+        return [line for line in self.lines if line["outcome"] == "failed"]
 
-    def count(self) -> Counter[str]:
-        last = {line["test"]: line["outcome"] for line in self.lines}
-        return Counter(last.values())
+    def outcomes(self) -> dict[str, str]:
+        """For each test, the worst of its phases."""
+        ordered = sorted(self.lines, key=lambda line: WORST_LAST.index(line["outcome"]))
+        return {line["test"]: line["outcome"] for line in ordered}
+
+    def passed(self) -> set[str]:
+        """The tests that came to their end, with nothing but success on the way."""
+        ended = {line["test"] for line in self.lines if line["when"] == "teardown"}
+        return ended - {line["test"] for line in self.lines if line["outcome"] != "passed"}
 
 
 def run_pytest(arguments: list[str]) -> Run:
     """Run pytest in this folder, with the arguments."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "outcomes"
-        command = [sys.executable, "-m", "pytest", f"--outcomes={file}", *arguments]
-        start = time.monotonic()
-        process = subprocess.Popen(command)
-        cpu_s = 0.0
-        while True:  # as a subreaper: what outlives its parent, such as a cluster, is waited for here
-            pid, status, used = os.wait4(-1, 0)
-            cpu_s += used.ru_utime + used.ru_stime
-            if pid == process.pid:
-                break
+        start, cpu_s = time.monotonic(), 0.0
+        process = subprocess.Popen([sys.executable, "-m", "pytest", f"--outcomes={file}", *arguments])
+        try:
+            while True:  # as a subreaper: what outlives its parent, such as a cluster, is waited for here
+                pid, status, used = os.wait4(-1, 0)
+                cpu_s += used.ru_utime + used.ru_stime
+                if pid == process.pid:
+                    break
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
         process.returncode = os.waitstatus_to_exitcode(status)
         lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
         return Run(process.returncode, time.monotonic() - start, cpu_s, lines)
@@ -75,30 +91,48 @@ def say(text: str = "") -> None:
     print(text, flush=True)  # noqa: T201
 
 
-def second_try(first: list[Run]) -> tuple[list[str], Run | None]:
-    """Why the run is red, and the second try if there was one."""
-    failures = {line["test"]: line for run in first for line in run.failures}
-    inside = {line["test"] for run in first for line in run.failures if not line["outside"]}
-    again = [test for test in failures if test not in inside]
+def judge(runs: dict[str, Run], selected: bool) -> tuple[list[str], list[Line]]:
+    """What is red whatever comes next, and the first failures of the tests that have a second try.
+
+    `selected`: the caller chose the tests, so that a tier may be empty.
+    """
+    failures = [line for run in runs.values() for line in run.failures]
+    inside = {line["test"] for line in failures if not line["outside"]}
     red = [f"failed: {test}" for test in sorted(inside)]
-    red += [f"pytest ended with {run.code}" for run in first if run.code not in (0, TESTS_FAILED, NO_TESTS)]
-    silent = [run for run in first if run.code == TESTS_FAILED and not run.failures]
-    red += [f"pytest ended with {run.code}, and no test failed" for run in silent]
-    if not again:
-        return red, None
-    if len(again) > MAX_SECOND_TRIES:
-        red += [f"{len(again)} failures of the environment, more than {MAX_SECOND_TRIES}", *again]
-        return red, None
-    say(f"\nOnce more, alone: {len(again)} of the failures were the environment's.")
-    run = run_pytest(again)
-    passed = {line["test"] for line in run.lines if line["outcome"] == "passed"}
-    passed -= {line["test"] for line in run.failures}
-    red += [f"failed twice: {test}" for test in again if test not in passed]
-    if passed:
-        say("\nPassed on the second try:")
-    for test in (test for test in again if test in passed):
-        say(f"  {test}: {failures[test]['outside']} ({failures[test]['when']})")
-        say("    " + failures[test]["detail"].replace("\n", "\n    "))
+    for tier, run in runs.items():
+        if run.code not in (0, TESTS_FAILED, NO_TESTS):
+            red.append(f"{tier}: pytest ended with {run.code}")
+        if run.code == TESTS_FAILED and not run.failures:
+            red.append(f"{tier}: pytest ended with {run.code}, and no test failed")
+    empty = [tier for tier, run in runs.items() if not run.lines]
+    if len(empty) == len(runs) or not selected:
+        red += [f"no test ran: {tier}" for tier in empty]
+    again = {line["test"]: line for line in reversed(failures) if line["test"] not in inside}
+    return red, list(again.values())[::-1]
+
+
+def occasions(lines: list[Line]) -> int:
+    """How often the environment failed: a fixture that failed for many tests of a file did so once."""
+    return len({
+        (line["test"].partition("::")[0], line["cause"]) if line["when"] == "setup" else line["test"] for line in lines
+    })  # fmt: skip
+
+
+def second_try(first: list[Line]) -> tuple[list[str], Run | None]:
+    """Run these tests once more. Returns what is red, and the run."""
+    if (count := occasions(first)) > MAX_SECOND_TRIES:
+        red = [f"{count} failures of the environment, more than {MAX_SECOND_TRIES}"]
+        return red + [f"failed: {line['test']}: {line['outside']}" for line in first], None
+    say(f"\nOnce more, alone: {len(first)} of the failures were the environment's.")
+    run = run_pytest([line["test"] for line in first])
+    passed = run.passed()
+    red = [f"not passed on the second try: {line['test']}" for line in first if line["test"] not in passed]
+    if run.code not in (0, TESTS_FAILED):
+        red.append(f"the second try: pytest ended with {run.code}")
+    say("\nPassed on the second try:")
+    for line in (line for line in first if line["test"] in passed):
+        say(f"  {line['test']}: {line['outside']} ({line['when']})")
+        say("    " + line["detail"].replace("\n", "\n    "))
     return red, run
 
 
@@ -107,26 +141,30 @@ def main() -> int:
     parser.add_argument("tiers", nargs="+", choices=TIERS)
     words = sys.argv[1:]
     split = words.index("--") if "--" in words else len(words)
-    tiers, more = parser.parse_args(words[:split]).tiers, words[split + 1 :]
+    tiers, more = dict.fromkeys(parser.parse_args(words[:split]).tiers), words[split + 1 :]
+    if any(word in ("-x", "--exitfirst") or word.startswith("--maxfail") for word in more):
+        parser.error("a run that stops at the first failure tells nothing about the rest: call pytest itself")
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
     runs: dict[str, Run] = {}
     for tier in tiers:
         say(f"\n{tier}")
         runs[tier] = run_pytest([*WORKERS, "-m", TIERS[tier], *more])
-    red, again = second_try(list(runs.values()))
-    if not any(run.lines for run in runs.values()):
-        red.append("no test ran")
+    outcomes = {test: outcome for run in runs.values() for test, outcome in run.outcomes().items()}
+    red, first = judge(runs, selected=bool(more))
+    if first:
+        more_red, again = second_try(first)
+        red += more_red
+        if again:
+            runs["second try"] = again
+            outcomes |= dict.fromkeys(again.passed(), "passed")
 
     say()
-    for name, run in (runs | ({"second try": again} if again else {})).items():
+    for name, run in runs.items():
         say(f"{name:10}  {run.wall_s:6.0f} s, {run.cpu_s:6.0f} CPU-seconds")
-    for line in red:
-        say(f"RED: {line}")
-    total = sum((run.count() for run in runs.values()), Counter())
-    if again:
-        total += Counter(passed=again.count()["passed"])
-        total["failed"] -= again.count()["passed"]
+    for reason in red:
+        say(f"RED: {reason}")
+    total = Counter(outcomes.values())
     say(f"{total['passed']} passed, {total['failed']} failed, {total['skipped']} skipped")
     return 1 if red else 0
 
