@@ -7,6 +7,7 @@ A test that would wait for ever is ended by its time limit.
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import select
 import signal
@@ -192,7 +193,7 @@ def test_a_file_that_may_not_grow(tmp_path: Path) -> None:
 
 def test_a_full_disk_under_postgres(tmp_path: Path, poor_server: Server) -> None:
     # A server may not enter pytest's folders, which are closed to others.
-    with small_disk(poor_server.folder / "disk", 24) as disk:
+    with small_disk(poor_server.folder / f"disk-{os.urandom(4).hex()}", 24) as disk:
         space = poor_server.own(disk / "space")
         poor_server.admin(f"CREATE TABLESPACE small LOCATION '{space}'")
         name = poor_server.new(options="TABLESPACE small")
