@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from command_line import ROOT, CommandLine, readme_session
+from ports import free_port
 
 
 @pytest.fixture
@@ -18,6 +19,8 @@ def own_line(tmp_path: Path) -> Iterator[CommandLine]:
     """A home that nobody else uses: the session takes it down and restores it."""
     line = CommandLine(tmp_path / "home")
     line.home.mkdir(mode=0o700)
+    # The session's own `cloister up` names no port: it shall not be the one that any Cloister here has by default.
+    (line.home / "config.yaml").write_text(f"authority: {{port: {free_port()}}}\n")
     line.up()
     yield line
     line.run("down")
