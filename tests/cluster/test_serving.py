@@ -165,7 +165,8 @@ def test_a_redeployment_loses_no_request_of_new_connections_for_long(deployed: D
     print(f"\nredeployment: {answered} answered, {refused} refused")  # noqa: T201
     assert redeploy.returncode == 0
     assert not set(before) & set(deployed.replicas())
-    assert refused <= answered / 50  # connections that were in a closing replica's backlog
+    # The connection that was in a closing replica's backlog: one at a time is asked, and two replicas close.
+    assert refused <= max(len(before), answered / 50)
 
 
 def test_deleting_the_application_closes_the_port(deployed: Deployed) -> None:

@@ -102,6 +102,11 @@ def watch(listening: Listening, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wat
     watch.stop()
 
 
+def test_a_replica_asks_twice_a_second() -> None:
+    """So that what ends at the authority has ended at the replica a second later, with a round trip to spare."""
+    assert 2 * watch_module.INTERVAL_S < 1
+
+
 # ---- who is out ----
 
 
