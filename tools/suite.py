@@ -21,6 +21,7 @@ import argparse
 import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -145,6 +146,7 @@ def main() -> int:
     if any(word in ("-x", "--exitfirst") or word.startswith("--maxfail") for word in more):
         parser.error("a run that stops at the first failure tells nothing about the rest: call pytest itself")
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
     runs: dict[str, Run] = {}
     for tier in tiers:
