@@ -9,7 +9,6 @@ oracle is the shipped rules a second time in plain Python (tests/policy_oracle.p
 from __future__ import annotations
 
 import contextlib
-import socket
 import statistics
 import sys
 import tempfile
@@ -35,6 +34,7 @@ from cloister.sealing.lease import OneTimeKey
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from authority_world import CODE, World, adult_schema, blocks_of_adult
 from policy_oracle import differences
+from ports import free_port
 
 GOAL_DECISION_US = 150
 GOAL_LEASES = 200
@@ -148,9 +148,7 @@ def by_call(world: World) -> Callable[[str], Lease]:
 @contextlib.contextmanager
 def served(world: World, folder: Path) -> Iterator[Callable[[str], Lease]]:
     """The same authority on a real port; workers speak from a node of their own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        settings = AuthoritySettings(port=probe.getsockname()[1])
+    settings = AuthoritySettings(port=free_port())
     authority = Authority(world.directory, url=settings.url)  # a second one over the same state, with this address
     node = NodeFolder(folder / "node")
     body = {"name": "bench", "public_key": node.make("bench"), "region": "eu"}

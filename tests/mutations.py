@@ -37,6 +37,8 @@ from cloister.signing import dsse, keys
 
 MEMORY_TO_SPARE = 512 << 20
 TIMEOUT_S = 600
+# Address space is limited: no pool reserves any, and nothing takes more of it on a machine with more cores.
+FRUGAL = {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
 KEY, KEK = bytes(range(32)), bytes(range(32, 64))
 SECRET = "Sekretariatswert"
 """What no error may show."""
@@ -383,10 +385,7 @@ def attack(kind: str, names: list[str], count: int = 0, seed: int = 1) -> Report
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "place"
         command = [sys.executable, __file__, kind, str(count), str(seed), str(place), *names]
-        # Address space is limited: no pool reserves any, and nothing takes more of it on a machine with more cores.
-        frugal = {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
-        environment = os.environ | frugal
-        child = subprocess.run(command, capture_output=True, timeout=TIMEOUT_S, env=environment, check=False)
+        child = subprocess.run(command, capture_output=True, timeout=TIMEOUT_S, env=os.environ | FRUGAL, check=False)
         if child.returncode == 0:
             return Report(**json.loads(child.stdout))
         where = place.read_text(errors="replace").strip() if place.exists() else "the start"

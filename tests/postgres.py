@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,8 +118,7 @@ class Server:
         self.admin(f"ALTER SYSTEM SET {setting} = {value}" if value else f"ALTER SYSTEM RESET {setting}")
         self.admin("SELECT pg_reload_conf()")
         ours = "SELECT source = 'configuration file' FROM pg_settings WHERE name = :name"
-        while self.admin(ours, name=setting) != [[value is not None]]:
-            time.sleep(0.01)
+        wait_for(lambda: self.admin(ours, name=setting) == [[value is not None]])
 
     def own(self, folder: Path) -> Path:
         """A new folder that belongs to the server."""
@@ -163,16 +161,15 @@ class Server:
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=(self.folder / "log").open("ab"),
             cwd="/", **_unprivileged(),
         )  # fmt: skip
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while True:
-            try:
-                self.connect("postgres").close()
-            except (pg8000.Error, OSError):
-                if self.process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError((self.folder / "log").read_text()) from None
-                time.sleep(0.02)
-            else:
-                return
+        wait_for(self._answers, "PostgreSQL", START_TIMEOUT_S)
+
+    def _answers(self) -> bool:
+        if self.process.poll() is not None:
+            raise RuntimeError((self.folder / "log").read_text())
+        with contextlib.suppress(pg8000.Error, OSError):
+            self.connect("postgres").close()
+            return True
+        return False
 
     def stop(self, number: int = signal.SIGINT) -> None:
         self.superuser = None

@@ -39,6 +39,7 @@ from cloister.datasets.ingest.thrift import Message
 from cloister.datasets.inspect import draft, inspect
 from cloister.datasets.schema import DatasetSchema
 from cloister.errors import CloisterError, InputError
+from mutations import FRUGAL
 
 NEEDLE = "Zarathustra77"
 SCHEMA_TEXT = """
@@ -447,8 +448,6 @@ def lying_body() -> bytes:
 
 
 SOURCE_ROOT = os.environ | {"PYTHONPATH": str(Path(ingest.__file__).parents[3])}
-# Address space is limited: no pool reserves any, and nothing takes more of it on a machine with more cores.
-FRUGAL = {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
 LIMITED = """
 import io, resource, sys
 from cloister.datasets.ingest import read_blocks

@@ -34,6 +34,7 @@ from cloister.signing import certificates, tokens
 from cloister.signing.tokens import AUTHORITY_AUDIENCE, JWT_BEARER
 from cloister.stores.tables import identities, quota_windows, runs
 from ports import free_port
+from waiting import wait_for
 
 CALLERS, ROUNDS = 8, 12
 KILLED_AFTER = CALLERS * ROUNDS // 4
@@ -62,15 +63,15 @@ class Process:
              "--operator", "operator", "--operator-key", self.operator_key],
             stdin=subprocess.DEVNULL, stdout=(self.directory / "output").open("ab"), stderr=subprocess.STDOUT,
         )  # fmt: skip
-        deadline = time.monotonic() + START_TIMEOUT_S
-        with self.client() as client:
-            while True:
-                with contextlib.suppress(httpx.TransportError):
-                    assert client.get("/v1/health").status_code == 200
-                    return self.serving.set()
-                alive = self.process.poll() is None and time.monotonic() < deadline
-                assert alive, (self.directory / "output").read_text()
-                time.sleep(0.05)
+        wait_for(self._answers, "the authority", START_TIMEOUT_S)
+        self.serving.set()
+
+    def _answers(self) -> bool:
+        assert self.process is not None
+        assert self.process.poll() is None, (self.directory / "output").read_text()
+        with contextlib.suppress(httpx.TransportError), self.client() as client:
+            return client.get("/v1/health").status_code == 200
+        return False
 
     def client(self, certificate: tuple[Path, Path] | None = None) -> httpx.Client:
         context = ssl.create_default_context(cafile=self.directory / "ca.pem")
@@ -185,6 +186,7 @@ class Session:
             busy = answer.status_code == 503 and "nothing was changed" in answer.json()["hint"]
             if not busy or path == "/v1/runs" or time.monotonic() > deadline:
                 return answer
+            time.sleep(0.02)
 
 
 @pytest.fixture

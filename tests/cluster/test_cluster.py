@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -291,6 +292,7 @@ def test_serving_cluster_has_no_api_server_and_leaves_nothing() -> None:
         bystander.wait()
 
 
+SOURCE_ROOT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "platform")}
 SUPERVISOR = """
 import sys, time
 from cloister import cluster as cluster_module
@@ -303,10 +305,7 @@ with ray_cluster(num_cpus=1, job_api=False) as cluster:
 
 @pytest.mark.parametrize("victim", ["supervisor", "guardian"])
 def test_a_killed_process_leaves_no_cluster(victim: str) -> None:
-    source = str(Path(__file__).parents[2] / "platform")
-    supervisor = subprocess.Popen(
-        [sys.executable, "-c", SUPERVISOR], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": source}
-    )
+    supervisor = subprocess.Popen([sys.executable, "-c", SUPERVISOR], stdout=subprocess.PIPE, env=SOURCE_ROOT)
     try:
         assert supervisor.stdout is not None
         directory, pid = supervisor.stdout.readline().split()
@@ -366,6 +365,29 @@ def test_who_is_stopped_while_the_directory_is_made_leaves_none(monkeypatch: pyt
     with pytest.raises(SystemExit), ray_cluster(num_cpus=1, job_api=False):
         pass
     assert not made[0].exists()
+
+
+KILLED_HALF_WAY = """
+import os, signal, sys
+from pathlib import Path
+from cloister import cluster
+def killed(directory, *_):
+    if sys.argv[1] == "make_directory":
+        directory.mkdir()
+    os.kill(os.getpid(), signal.SIGKILL)
+setattr(cluster, sys.argv[1], killed)
+with cluster.ray_cluster(num_cpus=1, job_api=False, parent=Path(sys.argv[2])):
+    pass
+"""
+
+
+def test_who_is_killed_before_the_cluster_starts_leaves_no_directory(subtests: pytest.Subtests) -> None:
+    parent = clusters_folder() / "two"  # of this test alone
+    for step in ("make_directory", "write_credentials", "_go_on", "_wait_until_up"):
+        with subtests.test(step):
+            died = subprocess.run([sys.executable, "-c", KILLED_HALF_WAY, step, parent], env=SOURCE_ROOT, check=False)
+            assert died.returncode == -signal.SIGKILL
+            wait_for(lambda: not list(parent.iterdir()))
 
 
 def test_a_disk_is_refused(tmp_path: Path) -> None:

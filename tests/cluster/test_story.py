@@ -482,9 +482,6 @@ def test_a_killed_supervisor_takes_its_cluster_along_and_the_run_settles(story: 
     wait_for(lambda: story.clusters() > clusters)
     supervisor = Daemon(story.line.home / "runs" / run / "driver").process()
     assert supervisor is not None
-    # The guardian, which removes the folder, is started some milliseconds after the folder was made. Who is killed in
-    # between leaves an empty cluster's folder: nothing removes that yet.
-    wait_for(supervisor.children)
     supervisor.kill()
     said = story.line.refused("train", "watch", run, who="ed")
     assert "supervisor was killed" in said

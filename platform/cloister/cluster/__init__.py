@@ -16,8 +16,9 @@ encrypted). A Serve replica opens its own ports. Ray's HTTP (the agents and, wit
 plain on loopback: the token guards it, TLS does not. Without a token the API server still hands out the static
 files of the dashboard's page, since the Job API cannot be had without them, and the agent says whether it is alive.
 
-How: the caller starts a guardian, a child subreaper, which starts `ray start --block`. All processes of the cluster
-stay below the guardian, and it ends when its standard input does, that is with the caller.
+How: the caller starts a guardian, a child subreaper, then makes the directory, and then tells the guardian to go on:
+it starts `ray start --block`. All processes of the cluster stay below the guardian. It ends, and removes the directory,
+when its standard input does, that is with the caller.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cloister.cluster.files import choose_directory, clusters_folder, make_directory, write_credentials, write_private
-from cloister.cluster.guardian import GRACE_S, MARKER, reap
+from cloister.cluster.guardian import GRACE_S, LOG, MARKER, reap
 from cloister.errors import InputError, UnavailableError
 from cloister.ports import LOOPBACK, reserved_ports
 from cloister.stores.blobs import aws_places
@@ -106,22 +107,23 @@ def ray_cluster(
     directory = choose_directory(parent or clusters_folder())
     guardian: subprocess.Popen[bytes] | None = None
     try:
-        make_directory(directory)  # in here: a SIGTERM may come at any moment
-        write_credentials(directory)
-        log = directory / "guardian.log"
-        write_private(log, b"")
-        with reserved_ports(7) as (gcs_port, *ports), log.open("ab") as output:
+        with reserved_ports(7) as (gcs_port, *ports):
             command = _ray_start(directory, gcs_port, ports, num_cpus, num_gpus, object_store_bytes, job_api)
+            # Before the directory is made, so that there is somebody to remove it whenever this process is killed.
             guardian = subprocess.Popen(
                 [sys.executable, "-c", RUN_GUARDIAN, *command],
-                stdin=subprocess.PIPE,  # never written to: that it closes is the signal to end
-                stdout=output,
-                stderr=output,
+                stdin=subprocess.PIPE,  # one byte says that the directory is there; that it closes, to end
+                stdout=subprocess.DEVNULL,  # until it has the directory: then its log
+                stderr=subprocess.DEVNULL,
                 env=_environment(directory, environment or {}),
-                cwd=directory,
+                cwd="/",  # likewise
                 start_new_session=True,  # a Ctrl-C on the caller's terminal must not race with the caller's clean-up
             )
-            _wait_until_up(log, guardian, timeout_s)
+            make_directory(directory)
+            write_credentials(directory)
+            write_private(directory / LOG, b"")
+            _go_on(guardian)
+            _wait_until_up(directory / LOG, guardian, timeout_s)
         yield RayCluster(
             directory=directory,
             gcs_address=f"{LOOPBACK}:{gcs_port}",
@@ -195,6 +197,13 @@ def _ray_start(
         f"--object-spilling-directory={directory / 'spill'}",
         f"--system-config={json.dumps(SYSTEM_CONFIG)}",
     ]
+
+
+def _go_on(guardian: subprocess.Popen[bytes]) -> None:
+    """Tell the guardian that the directory is there."""
+    with contextlib.suppress(BrokenPipeError):  # it has ended: seen by whoever waits for it
+        if guardian.stdin:
+            os.write(guardian.stdin.fileno(), b"\n")
 
 
 def _wait_until_up(log: Path, guardian: subprocess.Popen[bytes], timeout_s: float) -> None:

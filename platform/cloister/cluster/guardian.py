@@ -27,19 +27,30 @@ import psutil
 
 from cloister.errors import InputError, UnavailableError
 
+LOG = "guardian.log"  # in the cluster's directory: what the guardian and `ray start` print
 MARKER = "CLOISTER_CLUSTER"  # names the directory in the environment of every process of the cluster
 GRACE_S = 1.0  # between SIGTERM and SIGKILL
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 
 
 def guard(command: Sequence[str]) -> None:
-    """The guardian: run `command`, and when that, the caller or a SIGTERM says so, end every descendant."""
+    """The guardian: when the caller says that the directory is there, run `command` in it.
+
+    When that ends, or the caller, or a SIGTERM says so, end every descendant and remove the directory.
+    """
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.umask(0o077)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     try:
+        if not os.read(0, 1):  # end of file instead of a byte: the caller died while it made the directory
+            return
+        os.chdir(os.environ[MARKER])
+        log = os.open(LOG, os.O_WRONLY | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.close(log)
         ray = subprocess.Popen(command, stdin=subprocess.DEVNULL)
         while ray.pid not in _bury():
             if select.select([sys.stdin], [], [], 0.2)[0]:  # end of file: the caller closed it, or died
