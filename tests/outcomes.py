@@ -2,7 +2,7 @@
 
 A failure is the environment's if it is a time-out, a refused connection, a taken port or a fixture's set-up. Never
 where chance is what is tested: in `attacks` and `properties`, and where the name of a file or test speaks of kills,
-crashes, faults, privacy, noise, epsilon or the ledger.
+crashes, faults, privacy, noise, epsilon, the ledger or a budget.
 """
 
 from __future__ import annotations
@@ -66,8 +66,14 @@ class Outcomes:
         self._cpu_s: collections.Counter[str] = collections.Counter()
         self._tests: collections.Counter[str] = collections.Counter()
 
-    def pytest_collection_finish(self) -> None:
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
         self._before = _cpu_s()
+        self._append({"collected": [item.nodeid for item in session.items]})
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
+        """Each worker collects all."""
+        self._append({"collected": ids})
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
@@ -90,14 +96,16 @@ class Outcomes:
             self._write(report, "collection")
 
     def _write(self, report: Any, when: str) -> None:
-        if self._file is None:
-            return
         line = {"test": report.nodeid, "outcome": report.outcome, "when": when}
         if report.failed:
             line |= {name: getattr(report, name, "") for name in ("outside", "cause")}
             line["detail"] = report.longreprtext[-DETAIL_CHARS:]
-        with self._file.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        self._append(line)
+
+    def _append(self, line: dict[str, Any]) -> None:
+        if self._file is not None:
+            with self._file.open("a") as file:
+                file.write(json.dumps(line) + "\n")
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         terminalreporter.section("CPU-seconds by folder")

@@ -9,8 +9,8 @@ Guarantees:
      set-up, and never where chance is what is tested (`tests/outcomes.py`). It runs after the rest, in one process,
      and is listed with its first failure.
   2. Red: whatever else fails, a test that does not pass the second time, more than three such failures, a file that
-     does not load, a process that does not end as it should, and a tier in which nothing ran. A fixture of many tests
-     whose set-up failed is one failure.
+     does not load, a test that was collected and did not come to its end, a process that does not end as it should, and
+     a tier in which nothing ran. A fixture of many tests whose set-up failed is one failure.
   3. At the end: the time and the processor time of each tier. The latter includes servers and clusters that nobody
      waited for, if they ended before the tier did.
 """
@@ -18,6 +18,7 @@ Guarantees:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import json
 import os
@@ -35,6 +36,7 @@ TIERS = {"gate": "not story and not long", "story": "story and not long", "long"
 # Two workers, each with whole files, whose tests share authorities and clusters (tests/conftest.py).
 WORKERS = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
 MAX_SECOND_TRIES = 3
+CLEAN_UP_S = 60.0  # for fixtures, when a run is told to end
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 TESTS_FAILED, NO_TESTS = 1, 5  # pytest's exit codes
 WORST_LAST = ("passed", "skipped", "failed")
@@ -51,6 +53,12 @@ class Run:
     wall_s: float
     cpu_s: float
     lines: list[Line]
+    collected: list[str]
+
+    def unfinished(self) -> list[str]:
+        """The tests that were collected and did not come to their end: the run stopped before."""
+        ended = {line["test"] for line in self.lines if line["when"] == "teardown"}
+        return [test for test in self.collected if test not in ended]
 
     @property
     def failures(self) -> list[Line]:
@@ -72,7 +80,8 @@ def run_pytest(arguments: list[str]) -> Run:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "outcomes"
         start, cpu_s = time.monotonic(), 0.0
-        process = subprocess.Popen([sys.executable, "-m", "pytest", f"--outcomes={file}", *arguments])
+        command = [sys.executable, "-m", "pytest", f"--outcomes={file}", *arguments]
+        process = subprocess.Popen(command, process_group=0)  # an interruption reaches it once, from here
         try:
             while True:  # as a subreaper: what outlives its parent, such as a cluster, is waited for here
                 pid, status, used = os.wait4(-1, 0)
@@ -80,12 +89,17 @@ def run_pytest(arguments: list[str]) -> Run:
                 if pid == process.pid:
                     break
         except BaseException:
+            os.killpg(process.pid, signal.SIGINT)  # its workers too
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(CLEAN_UP_S)  # it ends what the tests have started
             process.terminate()
             process.wait()
             raise
         process.returncode = os.waitstatus_to_exitcode(status)
         lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-        return Run(process.returncode, time.monotonic() - start, cpu_s, lines)
+        collected = [test for line in lines if "collected" in line for test in line["collected"]]
+        lines = [line for line in lines if "test" in line]
+        return Run(process.returncode, time.monotonic() - start, cpu_s, lines, list(dict.fromkeys(collected)))
 
 
 def say(text: str = "") -> None:
@@ -105,6 +119,8 @@ def judge(runs: dict[str, Run], selected: bool) -> tuple[list[str], list[Line]]:
             red.append(f"{tier}: pytest ended with {run.code}")
         if run.code == TESTS_FAILED and not run.failures:
             red.append(f"{tier}: pytest ended with {run.code}, and no test failed")
+        if unfinished := run.unfinished():
+            red.append(f"{tier}: {len(unfinished)} tests did not come to their end, such as {unfinished[0]}")
     empty = [tier for tier, run in runs.items() if not run.lines]
     if len(empty) == len(runs) or not selected:
         red += [f"no test ran: {tier}" for tier in empty]
@@ -145,7 +161,10 @@ def main() -> int:
     tiers, more = dict.fromkeys(parser.parse_args(words[:split]).tiers), words[split + 1 :]
     if any(word in ("-x", "--exitfirst") or word.startswith("--maxfail") for word in more):
         parser.error("a run that stops at the first failure tells nothing about the rest: call pytest itself")
+    if not Path("tests").is_dir():
+        parser.error("there are no tests in this folder: call it from the root of the project")
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
     runs: dict[str, Run] = {}
@@ -174,5 +193,5 @@ def main() -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except KeyboardInterrupt:  # pytest got it too
+    except KeyboardInterrupt:
         sys.exit(130)

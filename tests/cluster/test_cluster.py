@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -19,8 +21,10 @@ import pytest
 
 from cloister import cluster as cluster_module
 from cloister.cluster import RayCluster, clusters_folder, ray_cluster, reap
+from cloister.cluster import files as cluster_files
 from cloister.cluster.guardian import MARKER
 from cloister.errors import InputError, UnavailableError
+from cloister.ports import reserved_ports
 from waiting import wait_for
 
 pytestmark = pytest.mark.story
@@ -367,15 +371,47 @@ def test_who_is_stopped_while_the_directory_is_made_leaves_none(monkeypatch: pyt
     assert not made[0].exists()
 
 
+@pytest.mark.parametrize("fault", ["refused by Ray", "a port is taken", "memory is full"])
+def test_a_cluster_that_cannot_start_says_why(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    parent = clusters_folder() / "three"  # of this test alone
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+
+        @contextlib.contextmanager
+        def ports(count: int) -> Iterator[list[int]]:
+            with reserved_ports(count) as found:
+                yield [taken.getsockname()[1], *found[1:]]
+
+        def full(path: Path, _content: bytes) -> None:
+            path.touch()
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        if fault == "a port is taken":
+            monkeypatch.setattr(cluster_module, "reserved_ports", ports)
+        if fault == "memory is full":
+            monkeypatch.setattr(cluster_files, "write_private", full)
+        told = {
+            "refused by Ray": "ended while it started", "a port is taken": "port .* taken", "memory is full": "writable"
+        }[fault]  # fmt: skip
+        cpus = -1 if fault == "refused by Ray" else 1
+        with pytest.raises(UnavailableError, match=told), ray_cluster(num_cpus=cpus, job_api=False, parent=parent):
+            pass
+    assert list(parent.iterdir()) == []
+
+
 KILLED_HALF_WAY = """
 import os, signal, sys
 from pathlib import Path
+import psutil
 from cloister import cluster
+step, told = sys.argv[1].split()
 def killed(directory, *_):
-    if sys.argv[1] == "make_directory":
+    if step == "make_directory":
         directory.mkdir()
+    if told == "too":
+        (guardian,) = psutil.Process().children()
+        guardian.terminate()
     os.kill(os.getpid(), signal.SIGKILL)
-setattr(cluster, sys.argv[1], killed)
+setattr(cluster, step, killed)
 with cluster.ray_cluster(num_cpus=1, job_api=False, parent=Path(sys.argv[2])):
     pass
 """
@@ -383,7 +419,8 @@ with cluster.ray_cluster(num_cpus=1, job_api=False, parent=Path(sys.argv[2])):
 
 def test_who_is_killed_before_the_cluster_starts_leaves_no_directory(subtests: pytest.Subtests) -> None:
     parent = clusters_folder() / "two"  # of this test alone
-    for step in ("make_directory", "write_credentials", "_go_on", "_wait_until_up"):
+    steps = ("make_directory", "write_credentials", "_go_on", "_wait_until_up")
+    for step in (f"{step} {told}" for step in steps for told in ("alone", "too")):  # the guardian is told to end
         with subtests.test(step):
             died = subprocess.run([sys.executable, "-c", KILLED_HALF_WAY, step, parent], env=SOURCE_ROOT, check=False)
             assert died.returncode == -signal.SIGKILL

@@ -179,6 +179,35 @@ def test_taken():
     assert said.splitlines()[-1] == "1 passed, 0 failed, 0 skipped"
 
 
+def test_a_run_that_stops_before_its_end_is_red(tmp_path: Path) -> None:
+    files = {"unit/test_one.py": """
+import os
+
+def test_slow():
+    if first_time("slow"):
+        raise TimeoutError
+
+def test_end():
+    if first_time("end"):
+        os._exit(0)
+
+def test_wrong(): assert False
+"""}  # fmt: skip
+    for more in ("-xq", "-q"):  # stops at the first failure; then the process ends in the middle
+        _, red, said = suite(tmp_path, files, "gate", "--", "-n", "0", more)
+        assert [line for line in red if "did not come to their end" in line], said
+    _, red, _ = suite(tmp_path, {"unit/test_one.py": """
+def test_thread():
+    thread = threading.Thread(target=lambda: pytest.fail("in a thread"))
+    thread.start()
+    thread.join()
+"""}, "gate", "--", "-W", "error::pytest.PytestUnhandledThreadExceptionWarning")  # fmt: skip
+    assert red == ["failed: tests/unit/test_one.py::test_thread"]
+    elsewhere = tmp_path / "tests" / "unit"
+    done = subprocess.run([*SUITE, "gate"], cwd=elsewhere, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, "root of the project" in done.stderr) == (2, True)
+
+
 @pytest.mark.timeout(1200)
 def test_a_race_in_the_ledger_that_shows_in_one_of_three_runs_turns_the_gate_red(tmp_path: Path) -> None:
     test = "tests/unit/test_authority_runs.py::test_two_submits_at_once_cannot_both_take_the_last_epsilon[sqlite]"

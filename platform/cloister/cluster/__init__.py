@@ -26,6 +26,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -33,6 +34,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from cloister.cluster.files import choose_directory, clusters_folder, make_directory, write_credentials, write_private
 from cloister.cluster.guardian import GRACE_S, LOG, MARKER, reap
@@ -110,20 +112,19 @@ def ray_cluster(
         with reserved_ports(7) as (gcs_port, *ports):
             command = _ray_start(directory, gcs_port, ports, num_cpus, num_gpus, object_store_bytes, job_api)
             # Before the directory is made, so that there is somebody to remove it whenever this process is killed.
-            guardian = subprocess.Popen(
-                [sys.executable, "-c", RUN_GUARDIAN, *command],
-                stdin=subprocess.PIPE,  # one byte says that the directory is there; that it closes, to end
-                stdout=subprocess.DEVNULL,  # until it has the directory: then its log
-                stderr=subprocess.DEVNULL,
-                env=_environment(directory, environment or {}),
-                cwd="/",  # likewise
-                start_new_session=True,  # a Ctrl-C on the caller's terminal must not race with the caller's clean-up
-            )
-            make_directory(directory)
-            write_credentials(directory)
-            write_private(directory / LOG, b"")
-            _go_on(guardian)
-            _wait_until_up(directory / LOG, guardian, timeout_s)
+            with _later(signal.SIGTERM):  # the guardian inherits that, and takes it when it can
+                guardian = subprocess.Popen(
+                    [sys.executable, "-c", RUN_GUARDIAN, *command],
+                    stdin=subprocess.PIPE,  # one byte says that the directory is there; that it closes, to end
+                    stdout=subprocess.DEVNULL,  # until it has the directory: then its log
+                    stderr=subprocess.DEVNULL,
+                    env=_environment(directory, environment or {}),
+                    cwd="/",  # likewise
+                    start_new_session=True,  # a Ctrl-C on the caller's terminal must not race with its clean-up
+                )
+            with _filled(directory) as log:
+                _go_on(guardian)
+                _wait_until_up(log, guardian, timeout_s)
         yield RayCluster(
             directory=directory,
             gcs_address=f"{LOOPBACK}:{gcs_port}",
@@ -199,6 +200,33 @@ def _ray_start(
     ]
 
 
+@contextlib.contextmanager
+def _later(number: signal.Signals) -> Iterator[None]:
+    """Within the block this signal waits."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _filled(directory: Path) -> Iterator[BinaryIO]:
+    """Make the directory with all that the guardian needs. Yields the log: it can be read until the block ends, also
+    when the guardian has removed it."""
+    try:
+        make_directory(directory)
+        write_credentials(directory)
+        write_private(directory / LOG, b"")
+        log = (directory / LOG).open("rb")
+    except FileNotFoundError as error:  # the guardian was told to end, and removed it
+        raise UnavailableError("the Ray cluster ended while it started", "try again") from error
+    except OSError as error:
+        raise UnavailableError(f"{directory.parent} is not writable", "free memory: /dev/shm may be full") from error
+    with log:
+        yield log
+
+
 def _go_on(guardian: subprocess.Popen[bytes]) -> None:
     """Tell the guardian that the directory is there."""
     with contextlib.suppress(BrokenPipeError):  # it has ended: seen by whoever waits for it
@@ -206,11 +234,14 @@ def _go_on(guardian: subprocess.Popen[bytes]) -> None:
             os.write(guardian.stdin.fileno(), b"\n")
 
 
-def _wait_until_up(log: Path, guardian: subprocess.Popen[bytes], timeout_s: float) -> None:
+def _wait_until_up(log: BinaryIO, guardian: subprocess.Popen[bytes], timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
+    text = b""
     # Ray prints this when GCS, raylet, agents and, if wanted, the API server have registered themselves.
-    while b"will now block forever" not in (text := log.read_bytes()):
-        if guardian.poll() is not None:
+    while b"will now block forever" not in text:
+        ended = guardian.poll() is not None
+        text += log.read()
+        if ended:
             if b"ddress already in use" in text or b"already occupied" in text:
                 raise UnavailableError("a port that Ray needs was taken", "try again")
             raise UnavailableError("the Ray cluster ended while it started", "check that `ray start --head` works here")

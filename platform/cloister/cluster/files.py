@@ -54,12 +54,9 @@ def choose_directory(parent: Path) -> Path:
 
 def make_directory(directory: Path) -> None:
     """Make what `choose_directory` chose. Whoever calls it removes it again, also if it is interrupted half-way."""
-    try:
-        directory.mkdir(mode=0o700)
-        for name in ("home", "tmp", "spill"):
-            (directory / name).mkdir(mode=0o700)
-    except OSError as error:
-        raise UnavailableError(f"{directory.parent} is not writable", "free memory: /dev/shm may be full") from error
+    directory.mkdir(mode=0o700)
+    for name in ("home", "tmp", "spill"):
+        (directory / name).mkdir(mode=0o700)
 
 
 def _filesystem(path: Path) -> str:

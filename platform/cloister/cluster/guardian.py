@@ -44,6 +44,7 @@ def guard(command: Sequence[str]) -> None:
     os.umask(0o077)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # the caller has it wait until here
         if not os.read(0, 1):  # end of file instead of a byte: the caller died while it made the directory
             return
         os.chdir(os.environ[MARKER])
