@@ -13,9 +13,16 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, create_engine, insert, make_url, select
 
+from cloister.stores import engines
 from cloister.stores.database import Database
 from cloister.stores.tables import budgets
 from postgres import Server
+
+
+def set_limits(patch: pytest.MonkeyPatch, **seconds: float) -> None:
+    """How long databases wait in this test: `BUSY`, `STATEMENT`, `ANSWER`, `IDLE`."""
+    for name, limit in seconds.items():
+        patch.setattr(engines, f"{name}_TIMEOUT_S", limit)
 
 
 @dataclass

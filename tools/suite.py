@@ -55,9 +55,15 @@ class Run:
     lines: list[Line]
     collected: list[str]
 
+    @property
+    def ended(self) -> set[str]:
+        """The tests that came to their end, whatever became of them."""
+        return {line["test"] for line in self.lines if line["when"] == "teardown"}
+
+    @property
     def unfinished(self) -> list[str]:
-        """The tests that were collected and did not come to their end: the run stopped before."""
-        ended = {line["test"] for line in self.lines if line["when"] == "teardown"}
+        """Those that were collected, and before whose end the run stopped."""
+        ended = self.ended
         return [test for test in self.collected if test not in ended]
 
     @property
@@ -71,8 +77,7 @@ class Run:
 
     def passed(self) -> set[str]:
         """The tests that came to their end, with nothing but success on the way."""
-        ended = {line["test"] for line in self.lines if line["when"] == "teardown"}
-        return ended - {line["test"] for line in self.lines if line["outcome"] != "passed"}
+        return self.ended - {line["test"] for line in self.lines if line["outcome"] != "passed"}
 
 
 def run_pytest(arguments: list[str]) -> Run:
@@ -90,10 +95,12 @@ def run_pytest(arguments: list[str]) -> Run:
                     break
         except BaseException:
             os.killpg(process.pid, signal.SIGINT)  # its workers too
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(CLEAN_UP_S)  # it ends what the tests have started
-            process.terminate()
-            process.wait()
+            try:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(CLEAN_UP_S)  # it ends what the tests have started
+            finally:  # also if somebody is impatient
+                process.terminate()
+                process.wait()
             raise
         process.returncode = os.waitstatus_to_exitcode(status)
         lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
@@ -119,7 +126,7 @@ def judge(runs: dict[str, Run], selected: bool) -> tuple[list[str], list[Line]]:
             red.append(f"{tier}: pytest ended with {run.code}")
         if run.code == TESTS_FAILED and not run.failures:
             red.append(f"{tier}: pytest ended with {run.code}, and no test failed")
-        if unfinished := run.unfinished():
+        if unfinished := run.unfinished:
             red.append(f"{tier}: {len(unfinished)} tests did not come to their end, such as {unfinished[0]}")
     empty = [tier for tier, run in runs.items() if not run.lines]
     if len(empty) == len(runs) or not selected:

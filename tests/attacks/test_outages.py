@@ -27,7 +27,7 @@ from cloister.errors import UnavailableError
 from cloister.stores import engines
 from cloister.stores.database import Database
 from cloister.stores.tables import budgets
-from databases import Place, add, held
+from databases import Place, add, held, set_limits
 from postgres import Server, running
 
 LOCK_SQLITE = """
@@ -54,8 +54,7 @@ other.close()
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """For what ends by a limit of time: the same order of limits as always, all of them short."""
-    for name, seconds in {"BUSY": 1.0, "STATEMENT": 2.0, "ANSWER": 3.0}.items():
-        monkeypatch.setattr(engines, f"{name}_TIMEOUT_S", seconds)
+    set_limits(monkeypatch, BUSY=1.0, STATEMENT=2.0, ANSWER=3.0)
 
 
 @contextlib.contextmanager
@@ -358,8 +357,7 @@ def test_a_commit_without_an_answer_is_not_called_undone(poor_place: Place) -> N
 
 def test_an_authority_that_is_cut_off_gives_the_lock_back(poor_place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     # Only who is cut off runs out of time here, even where the machine does: the other waits for the lock.
-    for name, seconds in {"IDLE": 2, "BUSY": 10, "STATEMENT": 15, "ANSWER": 20}.items():
-        monkeypatch.setattr(engines, f"{name}_TIMEOUT_S", seconds)
+    set_limits(monkeypatch, IDLE=2, BUSY=10, STATEMENT=15, ANSWER=20)
     stuck, other = poor_place.open(), poor_place.open()
     with unavailable(), stuck.transaction() as connection:
         connection.execute(insert(budgets).values(dataset="a", epsilon=1.0, delta=1e-5))
@@ -402,7 +400,7 @@ def test_an_authority_without_its_database_says_so_and_changes_nothing(
     world: World, outage: Callable[[Place], contextlib.AbstractContextManager[None]]
 ) -> None:
     if world.place.server is None and outage in (hung, read_only):
-        pytest.skip("SQLite has no server")
+        pytest.skip("PostgreSQL only: SQLite has no server that could hang or refuse to write")
     if world.place.server is not None and outage is no_room:
         pytest.skip("the limit is this process's own, and not the server's: see the test of a full disk")
     person = Person("new", ["consumer"])

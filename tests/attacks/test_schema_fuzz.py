@@ -174,7 +174,7 @@ def test_no_sequence_of_requests_is_answered_badly(arena: Arena, source: str) ->
 def test_most_of_that_was_not_refused_at_the_door(arena: Arena) -> None:
     """Last in this file: what the others did. A fuzz that only gets refusals finds nothing."""
     if arena.cases.keys() != OPERATIONS.keys() or arena.offered.keys() != OPERATIONS.keys():
-        pytest.skip("not all operations were tried")
+        pytest.skip("only where the whole file runs: some operations were not tried in this selection")
     assert arena.succeeded.keys() == OPERATIONS.keys()
     share = 3 if arena.world.place.server else 1
     assert arena.succeeded.total() >= 900 / share

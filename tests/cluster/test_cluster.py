@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import signal
 import socket
 import stat
@@ -92,6 +93,12 @@ def cluster() -> Iterator[RayCluster]:
             yield running
     finally:
         del os.environ["SOME_PASSWORD"]
+
+
+@pytest.fixture
+def parent() -> Path:
+    """A folder for the clusters of one test: nobody else's are met in it."""
+    return clusters_folder() / secrets.token_hex(2)
 
 
 def descendants(cluster: RayCluster) -> Iterator[psutil.Process]:
@@ -328,9 +335,7 @@ def test_a_killed_process_leaves_no_cluster(victim: str) -> None:
         supervisor.wait()
 
 
-def test_a_cluster_that_does_not_come_up_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    parent = clusters_folder() / "one"  # of this test alone: nobody else's cluster is met in it
-
+def test_a_cluster_that_does_not_come_up_leaves_nothing(parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def marked() -> list[int]:
         """The processes of all clusters there."""
         found = []
@@ -372,8 +377,7 @@ def test_who_is_stopped_while_the_directory_is_made_leaves_none(monkeypatch: pyt
 
 
 @pytest.mark.parametrize("fault", ["refused by Ray", "a port is taken", "memory is full"])
-def test_a_cluster_that_cannot_start_says_why(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    parent = clusters_folder() / "three"  # of this test alone
+def test_a_cluster_that_cannot_start_says_why(fault: str, parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
 
         @contextlib.contextmanager
@@ -417,8 +421,7 @@ with cluster.ray_cluster(num_cpus=1, job_api=False, parent=Path(sys.argv[2])):
 """
 
 
-def test_who_is_killed_before_the_cluster_starts_leaves_no_directory(subtests: pytest.Subtests) -> None:
-    parent = clusters_folder() / "two"  # of this test alone
+def test_who_is_killed_before_the_cluster_starts_leaves_no_directory(parent: Path, subtests: pytest.Subtests) -> None:
     steps = ("make_directory", "write_credentials", "_go_on", "_wait_until_up")
     for step in (f"{step} {told}" for step in steps for told in ("alone", "too")):  # the guardian is told to end
         with subtests.test(step):

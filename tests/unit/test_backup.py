@@ -476,7 +476,7 @@ def test_a_state_that_is_there_is_not_replaced_unasked_and_kept(world: World, tm
 
 def test_a_damaged_state_does_not_stop_a_restore(world: World, tmp_path: Path) -> None:
     if world.place.server:
-        pytest.skip("a server's files are its own")
+        pytest.skip("SQLite only: PostgreSQL looks after its files itself, and nobody here damages them")
     back_up(world, tmp_path / "backup")
     world.authority.close()
     size = world.place.file.stat().st_size
@@ -510,7 +510,7 @@ def test_a_key_service_from_before_the_backup_is_refused(world: World, tmp_path:
 
 def test_postgresql_is_not_replaced_under_a_running_authority(world: World, tmp_path: Path) -> None:
     if not world.place.server:
-        pytest.skip("there is one authority over a file, and the command looks for it")
+        pytest.skip("PostgreSQL only: over a file there is one authority, which `cloister restore` looks for")
     back_up(world, tmp_path / "backup")
     world.get("ada", "/v1/approvals")
     database = Database(**world.place.options)

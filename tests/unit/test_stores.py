@@ -31,7 +31,7 @@ from cloister.stores import engines, files, migrations
 from cloister.stores.database import Database
 from cloister.stores.files import write_atomic
 from cloister.stores.tables import budgets, metadata
-from databases import Place, add, held
+from databases import Place, add, held, set_limits
 from postgres import Server
 
 
@@ -115,7 +115,7 @@ def test_a_swallowed_failure_is_never_taken_for_a_commit(place: Place) -> None:
 def test_a_locked_database_is_unavailable_in_time(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     assert engines.ANSWER_TIMEOUT_S < 10
     assert engines.BUSY_TIMEOUT_S < engines.STATEMENT_TIMEOUT_S < engines.ANSWER_TIMEOUT_S < engines.IDLE_TIMEOUT_S
-    monkeypatch.setattr(engines, "BUSY_TIMEOUT_S", 2.0)
+    set_limits(monkeypatch, BUSY=2.0)
     state, other = place.open(), place.open()
     with other.transaction() as connection:
         connection.execute(insert(budgets).values(dataset="a", epsilon=1.0, delta=1e-5))
@@ -160,8 +160,7 @@ def test_a_file_that_is_no_database_is_refused(tmp_path: Path, content: bytes) -
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A slow disk makes nobody give up."""
-    for name, seconds in {"BUSY": 120, "STATEMENT": 130, "ANSWER": 140, "IDLE": 200}.items():
-        monkeypatch.setattr(engines, f"{name}_TIMEOUT_S", seconds)
+    set_limits(monkeypatch, BUSY=120, STATEMENT=130, ANSWER=140, IDLE=200)
 
 
 @pytest.mark.usefixtures("patient")
@@ -345,7 +344,7 @@ def test_whoever_listens_instead_of_the_server_does_not_get_the_password(tmp_pat
 
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\0" * 100, b"R\0\0\0\x0c\0\0\0\x63"])
 def test_a_strange_server_is_unavailable(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "BUSY_TIMEOUT_S", 0.3)
+    set_limits(monkeypatch, BUSY=0.3)
     with listening([answer]) as (port, _), pytest.raises(UnavailableError):
         Database(f"postgresql://u@127.0.0.1:{port}/n")
 

@@ -222,7 +222,8 @@ def _filled(directory: Path) -> Iterator[BinaryIO]:
     except FileNotFoundError as error:  # the guardian was told to end, and removed it
         raise UnavailableError("the Ray cluster ended while it started", "try again") from error
     except OSError as error:
-        raise UnavailableError(f"{directory.parent} is not writable", "free memory: /dev/shm may be full") from error
+        place = directory.parent
+        raise UnavailableError(f"{place} is not writable", f"free memory: {place} may be full") from error
     with log:
         yield log
 
