@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import statistics
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from _report import Row, options, report, row
+from _world import sealed_world
 
 from cloister.authority.listener import Listener
 from cloister.authority.nodes import Peer
@@ -27,12 +27,11 @@ from cloister.authority.service import Authority
 from cloister.authority.settings import AuthoritySettings
 from cloister.client.authority import AuthorityClient
 from cloister.client.node import NodeFolder
-from cloister.client.seal import seal_dataset
 from cloister.policy import Policy, Request
 from cloister.sealing.lease import OneTimeKey
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from authority_world import CODE, World, adult_schema, blocks_of_adult
+from authority_world import CODE, World
 from policy_oracle import differences
 from ports import free_port
 
@@ -97,18 +96,10 @@ def measure_leases(quick: bool) -> list[Row]:
     Once by calling the service, and once over HTTPS with mutual TLS, where the clients take their part of the cores.
     """
     rounds = 2 if quick else 8
-    with tempfile.TemporaryDirectory() as folder:
-        world = World(new_directory(Path(folder) / "authority"))
-        world.register_everybody()
-        seal_dataset(
-            world.client("olga"), world.people["olga"].private, blocks_of_adult(), adult_schema(), shards=WORKERS,
-            holdout=0.2, receiving_key=world.authority.receiving_public,
-        )  # fmt: skip
-        world.set_budget(epsilon=100.0, delta=1e-3)
+    with sealed_world(shards=WORKERS) as world:
         called = [round_of_leases(world, by_call(world)) for _ in range(rounds)]
-        with served(world, Path(folder)) as by_https:
+        with served(world, world.directory.parent) as by_https:
             asked = [round_of_leases(world, by_https) for _ in range(rounds)]
-        world.close()
     direct = statistics.median(called)
     return [
         row("leases", direct, "1/s, median, SQLite", f">= {GOAL_LEASES}", direct >= GOAL_LEASES),
@@ -122,6 +113,7 @@ Lease = Callable[[str, int], object]
 def round_of_leases(world: World, lease_of: Callable[[str], Lease]) -> float:
     """Leases a second for all the workers of a new run."""
     run = world.submit(resources={"workers": WORKERS, "region": "eu"})
+    world.attempt(run, WORKERS)
     lease = lease_of(run)
     lease(run, 0)  # the token, and the connection
     with ThreadPoolExecutor(2) as threads:
@@ -138,7 +130,7 @@ def by_call(world: World) -> Callable[[str], Lease]:
 
         def lease(run: str, rank: int) -> object:
             caller = world.authority.sessions.authenticate(header, "127.0.0.1", peer)
-            return world.authority.runs.lease(caller, run, rank, OneTimeKey.generate().public, CODE)
+            return world.authority.attempts.lease(caller, run, 1, rank, OneTimeKey.generate().public, CODE)
 
         return lease
 
@@ -164,18 +156,13 @@ def served(world: World, folder: Path) -> Iterator[Callable[[str], Lease]]:
             settings.url, ca_path=world.directory / "ca.pem", name=run, private_key_pem=world.people[run].private,
             node=node,
         )  # fmt: skip
-        return lambda run, rank: client.lease_shards(run, rank, CODE)
+        return lambda run, rank: client.lease_shards(run, 1, rank, CODE)
 
     try:
         yield lease_of
     finally:
         listener.should_exit = True
         thread.join(20)
-
-
-def new_directory(path: Path) -> Path:
-    path.mkdir(mode=0o700)
-    return path
 
 
 # Every part of the benchmark: called in turn with `quick`, gives its rows.

@@ -25,6 +25,7 @@ from authority_world import (
     Person,
     World,
     adult_schema,
+    attempt_body,
     blocks_of_adult,
     lease_body,
     receiver,
@@ -48,7 +49,8 @@ BY = {
     "/v1/me": "ada", "/v1/token-keys": "operator", "/v1/keys": "sofia", "/v1/nodes": "operator",
     "/v1/nodes/certificate": NODE,
     "/v1/access": "eve", "/v1/policy": "sofia", "/v1/datasets": "olga", "/v1/plans": "ed", "/v1/runs": "ed",
-    "/v1/runs/{run}/": RUN, "/v1/runs/{run}/stop": "ed", "/v1/models": "ed", "/v1/approvals": "rita",
+    "/v1/runs/{run}/": RUN, "/v1/runs/{run}/stop": "ed", "/v1/runs/{run}/resume": "ed",
+    "/v1/models": "ed", "/v1/approvals": "rita",
     "/v1/endpoints": "operator", "/v1/endpoints/{endpoint}/": ENDPOINT, "/v1/endpoints/{endpoint}/stop": "operator",
     "/v1/log": "ada", "/v1/erasures": "ada",
 }  # fmt: skip
@@ -196,7 +198,7 @@ class Arena:
         """Good path parameters; what a link has led to stays."""
         path, given = case.operation.path, dict(case.path_parameters)
         known = {
-            "run": lambda: self.known(given["run"]) or self.run,
+            "run": lambda: self.ended() if path.endswith("/resume") else self.known(given["run"]) or self.run,
             "endpoint": lambda: self.known(given["endpoint"]) or self.endpoint,
             "approval": lambda: given["approval"] if self.request(given["approval"]) else self.approval,
             "version": lambda: self.version(path),
@@ -311,21 +313,42 @@ class Arena:
         self.world.people[workload.public] = workload  # its name is known when the answer comes
         return {"spec": training_spec(privacy=PRIVACY), "code_digest": CODE, "public_key": workload.public}
 
+    def _attempt(self, _path: Any) -> Any:
+        return attempt_body()
+
     def _lease(self, path: Any) -> Any:
-        return lease_body(rank=1 if path["run"] in self.leases else self.count % 2)
+        rank = 1 if path["run"] in self.leases else self.count % 2
+        return lease_body(rank=rank, attempt=self.attempt(path))
 
     def _block(self, path: Any) -> Any:
         first = self.committed.get(path["run"], 0)
-        return {"first": first, "last": first + 5}
+        return {"attempt": self.attempt(path), "first": first, "last": first + 5}
+
+    def _checkpoint(self, path: Any) -> Any:
+        run, step = path["run"], self.committed.get(path["run"], 0)
+        blob = f"models/{run}/checkpoints/{step}.sealed"
+        return {"attempt": self.attempt(path), "step": step, "blob": blob, "sha256": "ab" * 32}
 
     def _progress(self, path: Any) -> Any:
-        return {"steps_done": self.committed.get(path["run"], 0), "rows_per_s": 1.0}
+        return {"attempt": self.attempt(path), "steps_done": self.committed.get(path["run"], 0), "rows_per_s": 1.0}
+
+    def attempt(self, path: Any) -> int:
+        return self.world.attempts.get(path["run"], 1)
+
+    def ended(self) -> str:
+        """A run that has ended by its own word, and may go on."""
+        run = self.world.submit(privacy=PRIVACY)
+        self.world.lease(run)
+        self.world.commit(run, 0, 5)
+        self.world.checkpoint(run, 5)
+        self.world.end(run)
+        return run
 
     def _model(self, path: Any) -> Any:
         return self.world.model_body(path["run"], self.leases.get(path["run"]) or next(iter(self.leases.values())))
 
-    def _failure(self, _path: Any) -> Any:
-        return {"error": {"error": "it broke", "hint": "", "kind": "InputError"}}
+    def _end(self, path: Any) -> Any:
+        return self.world.end_body(path["run"])
 
     def _receiver(self, _path: Any) -> Any:
         return receiver()
@@ -353,7 +376,8 @@ class Arena:
         elif label == "POST /v1/policy":
             self.agree("sam", "sofia", "/v1/policy", body)
         elif label == "POST /v1/runs/{run}/model":
-            run, block = path["run"], {"first": self.committed.get(path["run"], 0), "last": STEPS}
+            run, first = path["run"], self.committed.get(path["run"], 0)
+            block = {"attempt": self.attempt(path), "first": first, "last": STEPS}
             if self.world.ask(run, "POST", f"/v1/runs/{run}/blocks", block).status_code == 200:
                 self.committed[run] = STEPS
 
@@ -428,16 +452,19 @@ class Arena:
         path = case.path_parameters
         if label in ("POST /v1/token-keys", "PUT /v1/identities/{name}/key", "POST /v1/revoke"):
             self.world.tokens.clear()  # it ended some of them
-        elif label in ("POST /v1/runs/{run}/stop", "POST /v1/runs/{run}/failure", "POST /v1/runs/{run}/model"):
+        elif label in ("POST /v1/runs/{run}/stop", "POST /v1/runs/{run}/end", "POST /v1/runs/{run}/model"):
             self._run = "" if path["run"] == self._run else self._run
         elif label == "POST /v1/runs/{run}/leases":
             self._run = ""
+        elif label == "POST /v1/runs/{run}/attempts":
+            self.world.attempts[path["run"]], self._run = response.json()["attempt"], ""
+            self.committed[path["run"]] = response.json()["resume_from"]
         elif label == "POST /v1/datasets/{name}/endings":
             self._ends = []
         elif label == "POST /v1/endpoints/{endpoint}/stop":
             self._endpoint = "" if path["endpoint"] == self._endpoint else self._endpoint
         elif label == "POST /v1/runs/{run}/blocks":
-            self.committed[path["run"]] = response.json()["steps_committed"]
+            self.committed[path["run"]] = response.json()["position"]
         elif label == "POST /v1/models/{name}/versions/{version}/promotion":
             self.serving, self.candidate, self._endpoint = self.candidate, self.serving, ""
         elif label == "POST /v1/approvals/{approval}/votes":
@@ -461,8 +488,9 @@ BODIES = {
     "POST /v1/datasets/{name}/versions/{version}/expiry": "expiry",
     "POST /v1/datasets": "dataset", "PUT /v1/datasets/{name}/budget": "budget", "POST /v1/plans": "plan",
     "POST /v1/runs": "new_run", "POST /v1/runs/{run}/leases": "lease", "POST /v1/runs/{run}/blocks": "block",
+    "POST /v1/runs/{run}/attempts": "attempt", "POST /v1/runs/{run}/checkpoints": "checkpoint",
     "POST /v1/runs/{run}/progress": "progress", "POST /v1/runs/{run}/model": "model",
-    "POST /v1/runs/{run}/failure": "failure", "POST /v1/models/{name}/versions/{version}/export": "receiver",
+    "POST /v1/runs/{run}/end": "end", "POST /v1/models/{name}/versions/{version}/export": "receiver",
     "POST /v1/approvals/{approval}/votes": "vote", "POST /v1/endpoints": "deployment",
     "POST /v1/endpoints/{endpoint}/leases": "receiver", "POST /v1/endpoints/{endpoint}/quota": "quota",
     "POST /v1/log/cosignatures": "cosigned",

@@ -32,7 +32,7 @@ from cloister.authority.core import Caller, Node
 from cloister.authority.gate import PEER
 from cloister.authority.registration import SUBJECTS
 from cloister.authority.service import Authority
-from cloister.canonical import b64, sha256_hex
+from cloister.canonical import b64, canonical_json, sha256_hex
 from cloister.client.authority import AuthorityClient, TrainingLease
 from cloister.client.seal import seal_dataset
 from cloister.datasets.ingest import read_table
@@ -42,6 +42,7 @@ from cloister.models.release import APPROVAL_PREDICATE
 from cloister.sealing.lease import OneTimeKey
 from cloister.sealing.stream import seal
 from cloister.signing import certificates, dsse, keys, tokens
+from cloister.signing.run_end import RUN_END_PREDICATE
 from cloister.signing.tokens import AUTHORITY_AUDIENCE, JWT_BEARER
 from cloister.stores.blobs import FolderBlobs
 from cloister.stores.database import Database
@@ -57,6 +58,14 @@ CODE = "sha256:" + "c0de" * 16
 EPSILON, DELTA = 3.0, 1e-5
 STEPS = 10
 SUBJECTS_KEY = b"who is held out, in all tests..."  # 32 bytes: enough people, in each part
+# What a run's audits saw, where nothing is wrong.
+AUDIT = {
+    "mechanism": {
+        "epsilon_lower_bound": 0.1, "noise_multiplier_at_most": 1.0, "sample_rate_at_least": 0.1, "poisson": True,
+        "observations": 1000, "confidence": 0.95,
+    },
+    "one_run": {"canaries": 200, "guesses": 100, "correct": 50},
+}  # fmt: skip
 MANY = 100_000  # what may be handed in a minute: tests are faster than people
 ROLES = {
     "operator": ["operator"], "olga": ["data-owner"], "otto": ["data-owner"], "ed": ["engineer"], "eve": ["engineer"],
@@ -133,7 +142,7 @@ class _Present:
 
 PARTS = (
     "identities", "sessions", "nodes", "approvals", "access", "policies", "datasets", "runs", "models", "endpoints",
-    "log", "custody", "registration", "lifecycle", "shredding",
+    "log", "custody", "registration", "lifecycle", "shredding", "attempts", "ends",
     "uploads",
 )  # fmt: skip
 NODE = "node-eu"
@@ -154,6 +163,8 @@ class World:
         self.http = TestClient(self._app, base_url=URL, raise_server_exceptions=False, client=(ADDRESS, 50_000))
         self.people = dict(like.people) if like else {name: Person(name, roles) for name, roles in ROLES.items()}
         self.tokens: dict[tuple[str, str], tuple[str, float]] = dict(like.tokens) if like else {}
+        self.attempts: dict[str, int] = dict(like.attempts) if like else {}
+        """The attempt of each run that is open."""
         self.peer: bytes | None = like.peer if like else None
         """The certificate (DER) of the node that workloads speak from."""
         self._shown: tuple[bytes | None] | None = None
@@ -387,11 +398,46 @@ class World:
         self.people[workload.name] = workload
         return workload.name
 
+    def attempt(self, run: str, workers: int | None = None) -> dict[str, Any]:
+        """Open the next attempt, with as many workers as the spec says.
+
+        Raises:
+            CloisterError: what the authority refuses with.
+        """
+        client = self.client(run)
+        asked = workers or client.get(f"/v1/runs/{run}")["spec"]["resources"]["workers"]
+        opened = client.post(f"/v1/runs/{run}/attempts", {"world_size": asked, "code_digest": CODE})
+        self.attempts[run] = opened["attempt"]
+        return dict(opened)
+
     def lease(self, run: str, rank: int = 0) -> TrainingLease:
-        return self.client(run).lease_shards(run, rank, CODE)
+        """A rank's lease in the attempt that is open; in the first if there was none."""
+        if run not in self.attempts:
+            self.attempt(run)
+        return self.client(run).lease_shards(run, self.attempts[run], rank, CODE)
 
     def commit(self, run: str, first: int = 0, last: int = STEPS) -> None:
-        self.post(run, f"/v1/runs/{run}/blocks", {"first": first, "last": last})
+        self.post(run, f"/v1/runs/{run}/blocks", {"attempt": self.attempts[run], "first": first, "last": last})
+
+    def checkpoint_body(self, run: str, step: int) -> dict[str, Any]:
+        return {
+            "attempt": self.attempts[run], "step": step, "blob": f"models/{run}/checkpoints/{step}.sealed",
+            "sha256": "ab" * 32,
+        }  # fmt: skip
+
+    def checkpoint(self, run: str, step: int) -> None:
+        self.post(run, f"/v1/runs/{run}/checkpoints", self.checkpoint_body(run, step))
+
+    def end_body(self, run: str, outcome: str = "failed", /, *, key: Any = None, **changes: Any) -> dict[str, Any]:
+        """A run's signed word that it has ended."""
+        plan = changes.pop("plan", None) or self.get("ed", f"/v1/runs/{run}")["plan"]
+        said = {"run": run, "attempt": self.attempts.get(run, 0), "outcome": outcome, "steps_done": 0} | changes
+        statement = dsse.statement(run, sha256_hex(canonical_json(plan)), RUN_END_PREDICATE, said)
+        error = {"kind": "InputError", "error": "it failed"} if outcome == "failed" else None
+        return {"envelope": dsse.sign(statement, key or self.people[run].key), "error": error}
+
+    def end(self, run: str, outcome: str = "failed") -> dict[str, Any]:
+        return dict(self.post(run, f"/v1/runs/{run}/end", self.end_body(run, outcome)))
 
     def model_body(self, run: str, lease: TrainingLease, model: bytes = b"small", /, **facts: Any) -> dict[str, Any]:
         """Seal and upload `model` as rank 0 does; the body that registers it."""
@@ -406,7 +452,7 @@ class World:
         FolderBlobs.from_url(lease.blobs).put(path, sealed)
         return {
             "manifest": b64(ModelManifest.model_validate(known | facts).to_bytes()), "model_sha256": sha256_hex(model),
-            "blob": path, "blob_sha256": sha256_hex(sealed), "holdout_accuracy": 0.5,
+            "blob": path, "blob_sha256": sha256_hex(sealed), "holdout_accuracy": 0.5, "audit": AUDIT,
         }  # fmt: skip
 
     def train(self, author: str = "ed", model: bytes = b"small") -> str:
@@ -467,9 +513,13 @@ def _of_a_workload(scope: Any) -> bool:
     return isinstance(claims, dict) and claims.get("kind") in ("run", "endpoint")
 
 
-def lease_body(rank: int = 0, code: str = CODE, key: bytes | None = None) -> dict[str, Any]:
+def lease_body(rank: int = 0, code: str = CODE, key: bytes | None = None, attempt: int = 1) -> dict[str, Any]:
     public = key if key is not None else OneTimeKey.generate().public
-    return {"rank": rank, "public_key": b64(public), "code_digest": code}
+    return {"attempt": attempt, "rank": rank, "public_key": b64(public), "code_digest": code}
+
+
+def attempt_body(workers: int = 2, code: str = CODE) -> dict[str, Any]:
+    return {"world_size": workers, "code_digest": code}
 
 
 def receiver() -> dict[str, str]:

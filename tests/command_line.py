@@ -50,11 +50,12 @@ class CommandLine:
         return {"CLOISTER_HOME": str(self.home), CLUSTERS_FOLDER: str(self.clusters)}
 
     def run(
-        self, *words: str | Path, who: str = "operator", timeout_s: float = 300
+        self, *words: str | Path, who: str = "operator", timeout_s: float = 300, program: str | None = None
     ) -> subprocess.CompletedProcess[str]:
+        """`program`: other Python code in place of the command line's, with the same words."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("CLOISTER_")}
         return subprocess.run(
-            [sys.executable, "-m", "cloister.cli", *map(str, words)],
+            [sys.executable, *(["-c", program] if program else ["-m", "cloister.cli"]), *map(str, words)],
             env=environment | self.environment | {"CLOISTER_AS": who},
             capture_output=True,
             text=True,
@@ -67,10 +68,10 @@ class CommandLine:
         assert done.returncode == 0, f"cloister {words}: {done.stdout}{done.stderr}"
         return json.loads(done.stdout)
 
-    def refused(self, *words: str | Path, who: str = "operator", timeout_s: float = 300) -> str:
+    def refused(self, *words: str | Path, who: str = "operator", timeout_s: float = 300, code: int = 1) -> str:
         """Standard error of a command that must be refused as every refusal is: two lines, exit code 1."""
         done = self.run(*words, who=who, timeout_s=timeout_s)
-        assert done.returncode == 1, f"cloister {words}: {done.returncode} {done.stdout}{done.stderr}"
+        assert done.returncode == code, f"cloister {words}: {done.returncode} {done.stdout}{done.stderr}"
         error, hint = done.stderr.splitlines()
         assert re.fullmatch("error: .{10,}", error)
         assert re.fullmatch("hint:  .{5,}", hint)

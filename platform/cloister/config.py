@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from cloister.authority.settings import AuthoritySettings
 from cloister.errors import InputError
 from cloister.stores.home import Home
+from cloister.validation import first_problem
 
 __all__ = ["AuthoritySettings", "Settings"]
 
@@ -30,6 +31,9 @@ class Settings(BaseModel):
             return cls.model_validate(yaml.safe_load(home.config_file.read_text()) or {})
         except FileNotFoundError:
             return cls()
-        except (yaml.YAMLError, ValidationError, UnicodeDecodeError) as error:
-            place = ".".join(str(p) for p in error.errors()[0]["loc"]) if isinstance(error, ValidationError) else "YAML"
-            raise InputError(f"{home.config_file} is not valid: {place}", "see the README's settings") from None
+        except (yaml.YAMLError, UnicodeDecodeError):
+            wrong = "this is not YAML"
+        except ValidationError as error:
+            found = first_problem(error, silent=("embedded", "vault", "token", "approle", "jwt", "kubernetes"))
+            wrong = f"{found.place}: {found.reason}"
+        raise InputError(f"{home.config_file} is not valid: {wrong}", "see the README's settings")

@@ -76,14 +76,14 @@ class Daemon:
         if process.stdin:
             with contextlib.suppress(BrokenPipeError), process.stdin:
                 process.stdin.write(secret)
-        write_json(self._pid_file, {"pid": process.pid, "created": psutil.Process(process.pid).create_time()})
+        write_json(self._pid_file, {"pid": process.pid, "born": _birth(process.pid)})
 
     def process(self) -> psutil.Process | None:
         """The running process, or None."""
         try:
             record = json.loads(self._pid_file.read_bytes())
             process = psutil.Process(record["pid"])
-            same = abs(process.create_time() - record["created"]) < 1.0
+            same = _birth(process.pid) == record["born"]
             alive = process.status() != psutil.STATUS_ZOMBIE
         except (OSError, ValueError, KeyError, TypeError, psutil.Error):
             return None
@@ -147,6 +147,12 @@ class Daemon:
     @property
     def _status_file(self) -> Path:
         return self.directory / "status.json"
+
+
+def _birth(pid: int) -> str:
+    """When a process began, in ticks of this boot: no step of the clock changes it, as it would a time of day."""
+    ticks = int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])  # proc(5): field 22, starttime
+    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {ticks}"
 
 
 def describe(error: BaseException) -> dict[str, Any]:

@@ -24,10 +24,10 @@ from typing import Any
 
 import pytest
 
-from authority_world import CODE, NODE, STEPS, URL, Person, World, lease_body, receiver, training_spec
+from authority_world import CODE, NODE, STEPS, URL, Person, World, attempt_body, lease_body, receiver, training_spec
 from cloister.audit.checkpoint import parse_verifier_key
 from cloister.audit.verify import verify_log
-from cloister.authority import runs
+from cloister.authority import costs
 from cloister.authority.journal import LOG_ORIGIN
 from cloister.authority.log import read_export
 from cloister.client.authority import TrainingLease
@@ -259,22 +259,27 @@ def journeys(mortal: Mortal, chance: random.Random) -> None:
             return submit()
         run = submitted.pop()
         mortal.login(run)
+        mortal.post(run, f"/v1/runs/{run}/attempts", attempt_body())
+        world.attempts[run] = 1
         lease = lease_body()
         mortal.post(run, f"/v1/runs/{run}/leases", lease)
         assert mortal.ask(run, "POST", f"/v1/runs/{run}/leases", lease).status_code == 409
-        mortal.post(run, f"/v1/runs/{run}/blocks", {"first": 0, "last": STEPS})
-        mortal.post(run, f"/v1/runs/{run}/progress", {"steps_done": STEPS, "rows_per_s": 1.0})
+        mortal.post(run, f"/v1/runs/{run}/blocks", {"attempt": 1, "first": 0, "last": STEPS})
+        mortal.post(run, f"/v1/runs/{run}/checkpoints", world.checkpoint_body(run, STEPS))
+        mortal.post(run, f"/v1/runs/{run}/progress", {"attempt": 1, "steps_done": STEPS, "rows_per_s": 1.0})
         match chance.randrange(4):
             case 0:
                 mortal.post("ed", f"/v1/runs/{run}/stop")
             case 1:
-                mortal.post(run, f"/v1/runs/{run}/failure", {"error": {"kind": "InputError", "error": "no"}})
+                mortal.post(run, f"/v1/runs/{run}/end", world.end_body(run))
+                mortal.post("ed", f"/v1/runs/{run}/resume")
             case _:
                 register(run)
 
     def register(run: str) -> None:
         made = TrainingLease(
-            keys={}, model_key=bytes(32), manifest={}, owner_key="", spec={}, plan={}, seal_context={"use": "test"},
+            keys={}, model_key=bytes(32), checkpoint_key=bytes(32), manifest={}, owner_key="", spec={}, plan={},
+            seal_context={"use": "test"}, checkpoint_context={"use": "test"},
             blobs=FolderBlobs.make(world.directory / "blobs").url, evaluation_epsilon=1.0,
         )  # fmt: skip
         version = mortal.post(run, f"/v1/runs/{run}/model", world.model_body(run, made))["model"]
@@ -349,7 +354,7 @@ def kill_at_every_commit(folder: Path, server: Server | None, seed: int) -> tupl
 
     Returns how many operations there were, how many kills, and the kinds of requests.
     """
-    runs.make_plan = functools.partial(elsewhere, runs.make_plan)
+    costs.make_plan = functools.partial(elsewhere, costs.make_plan)
     directory = folder / "authority"
     directory.mkdir(parents=True)
     world = World(directory, place=Place.new(directory / "state.db", server))

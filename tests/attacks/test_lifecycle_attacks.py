@@ -333,6 +333,8 @@ def test_no_lease_is_granted_after_an_erasure_that_it_races(world: World) -> Non
             answers[run, rank] = answer.status_code
 
     tokens = {run: world.token(run) for run in started}
+    for run in started:
+        world.attempt(run)
     threads = [threading.Thread(target=lease, args=(run,)) for run in started]
     for thread in threads:
         thread.start()

@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from sqlalchemy import select
 
 import clinic
-from authority_world import APP, CODE, URL, Person, World, lease_body, receiver, training_spec
+from authority_world import APP, AUDIT, CODE, URL, Person, World, attempt_body, lease_body, receiver, training_spec
 from cloister.authority import gate
 from cloister.authority.identity import add_identity
 from cloister.canonical import b64
@@ -81,11 +81,14 @@ MAY: dict[str, list[str]] = {
     "GET /v1/runs": DATA_READERS,
     "GET /v1/runs/{run}": [*DATA_READERS, "run", "run, plain"],
     "POST /v1/runs/{run}/stop": ["operator", "author"],
+    "POST /v1/runs/{run}/resume": ["author"],
+    "POST /v1/runs/{run}/attempts": OWN_RUN,
+    "POST /v1/runs/{run}/checkpoints": OWN_RUN,
     "POST /v1/runs/{run}/leases": OWN_RUN,
     "POST /v1/runs/{run}/blocks": OWN_RUN,
     "POST /v1/runs/{run}/progress": OWN_RUN,
     "POST /v1/runs/{run}/model": OWN_RUN,
-    "POST /v1/runs/{run}/failure": OWN_RUN,
+    "POST /v1/runs/{run}/end": OWN_RUN,
     "GET /v1/models": MODEL_READERS,
     "GET /v1/models/{name}/versions/{version}": MODEL_READERS,
     "POST /v1/models/{name}/versions/{version}/promotion": ENGINEERS,
@@ -197,13 +200,17 @@ class House:
             "/v1/plans": {"spec": training_spec()},
             "/v1/runs": {"spec": training_spec(), "code_digest": CODE, "public_key": new.public},
             "/v1/runs/{run}/leases": lease_body(),
-            "/v1/runs/{run}/blocks": {"first": 0, "last": 1},
-            "/v1/runs/{run}/progress": {"steps_done": 0, "rows_per_s": 1.0},
+            "/v1/runs/{run}/attempts": attempt_body(),
+            "/v1/runs/{run}/blocks": {"attempt": 1, "first": 0, "last": 1},
+            "/v1/runs/{run}/checkpoints": {
+                "attempt": 1, "step": 1, "blob": f"models/{self.names['run']}/checkpoints/x", "sha256": "0" * 64,
+            },
+            "/v1/runs/{run}/progress": {"attempt": 1, "steps_done": 0, "rows_per_s": 1.0},
             "/v1/runs/{run}/model": {
                 "manifest": "e30=", "model_sha256": "0" * 64, "blob": "models/x", "blob_sha256": "0" * 64,
-                "holdout_accuracy": 0.5,
+                "holdout_accuracy": 0.5, "audit": AUDIT,
             },
-            "/v1/runs/{run}/failure": {"error": {"kind": "InputError"}},
+            "/v1/runs/{run}/end": {"envelope": garbage, "error": {"kind": "InputError"}},
             "/v1/models/{name}/versions/{version}/export": receiver(),
             "/v1/approvals/{approval}/votes": {"envelope": garbage},
             "/v1/endpoints": self.world.deploy_body(new) | {"model": "no-such-model"},

@@ -406,6 +406,7 @@ def test_an_authority_without_its_database_says_so_and_changes_nothing(
     person = Person("new", ["consumer"])
     newcomer = {"name": person.name, "roles": person.roles, "public_key": person.public}
     run = world.submit()
+    world.attempt(run)
     asked: list[Callable[[], Any]] = [
         lambda: world.ask("operator", "POST", "/v1/identities", newcomer),
         lambda: world.ask(run, "POST", f"/v1/runs/{run}/leases", lease_body()),

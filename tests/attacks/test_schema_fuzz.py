@@ -108,7 +108,8 @@ def test_odd_text_in_any_place_is_no_fault(arena: Arena, label: str) -> None:
 
 LINKS = {
     "POST /v1/runs": ("run", "$response.body#/run", "/v1/runs/"),
-    "POST /v1/runs/{run}/leases": ("run", "$request.path.run", "/v1/runs/{run}/[bpm]"),
+    "POST /v1/runs/{run}/leases": ("run", "$request.path.run", "/v1/runs/{run}/[bcpm]"),
+    "POST /v1/runs/{run}/attempts": ("run", "$request.path.run", "/v1/runs/{run}/[bl]"),
     "POST /v1/endpoints": ("endpoint", "$response.body#/endpoint", "/v1/endpoints/"),
     "POST /v1/identities": ("name", "$response.body#/name", "/v1/identities/"),
     "POST /v1/access": ("approval", "$response.body#/approval", "/v1/approvals/"),

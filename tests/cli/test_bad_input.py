@@ -128,7 +128,7 @@ def test_more_epsilon_than_is_left_is_refused_before_anything_starts(line: Comma
     said = line.refused("train", "submit", spec, who="ed")
     assert "9.5" in said
     assert "7.000" in said
-    assert not (line.home / "runs").exists()
+    assert list((line.home / "runs").glob("*")) == []
     before.check()
 
 
@@ -140,7 +140,7 @@ def test_more_epsilon_than_is_left_is_refused_before_anything_starts(line: Comma
         ("label: income-per-year", "label: salary", "salary"),
         ("dataset: adult@1", "dataset: adult@9", "adult@9"),
         ("workers: 2", "workers: 40", "workers"),
-        ("model:", "modell:", "model"),
+        ("model:", "modell:", "there is no such field; did you mean model?"),
         ("dataset: adult@1", "dataset: [", "YAML"),
     ],
 )
@@ -265,10 +265,16 @@ def test_a_thing_that_does_not_exist_is_refused_like_everything_else(line: Comma
     line.refused(*words, who=who)
 
 
-@pytest.mark.parametrize("words", [["data"], ["seal"], ["data", "seal"], ["up", "--port", "http"], ["train", "plan"]])
-def test_wrong_usage_has_exit_code_2(line: CommandLine, words: list[str]) -> None:
+@pytest.mark.parametrize("words", [["seal"], ["data", "seal"], ["up", "--port", "http"], ["train", "plan", "--wat"]])
+def test_wrong_usage_is_refused_like_everything_else_with_exit_code_2(line: CommandLine, words: list[str]) -> None:
+    assert "--help" in line.refused(*words, code=2)
+
+
+@pytest.mark.parametrize("words", [[], ["data"]])
+def test_who_asks_for_nothing_is_shown_what_there_is(line: CommandLine, words: list[str]) -> None:
     done = line.run(*words)
     assert done.returncode == 2
+    assert "Commands" in done.stderr + done.stdout
     assert "Traceback" not in done.stderr
 
 

@@ -7,6 +7,7 @@ import ipaddress
 import json
 import os
 import re
+import signal
 import ssl
 import subprocess
 import sys
@@ -22,7 +23,7 @@ import pytest
 
 from cloister.authority import data
 from cloister.authority.key_use import dataset_key, key_context
-from cloister.canonical import b64
+from cloister.canonical import b64, unb64
 from cloister.client.inference import InferenceClient
 from cloister.datasets.manifest import DatasetManifest
 from cloister.errors import TokenExpiredError
@@ -129,12 +130,16 @@ class Story:
         with httpx.Client(verify=ssl.create_default_context(cafile=str(self.ca)), trust_env=False) as client:
             return client.post(f"{self.url}/v2/models/adult/infer", json={"inputs": tensors}, headers=headers)
 
-    def submit(self, spec: Path = SPEC, *more: str) -> dict[str, Any]:
-        """Ed's run, which the owner of the data approves first."""
+    def agree(self, spec: Path = SPEC) -> None:
+        """Let the owner of the data approve a run of Ed's."""
         assert "approvals" in self.line.refused("train", "submit", spec, who="ed")
         requests = self.line.json("approvals", "list", who="olga")
         mine = next(request for request in reversed(requests) if request["kind"] == "training")
         self.line.json("approve", mine["approval"], who="olga")
+
+    def submit(self, spec: Path = SPEC, *more: str) -> dict[str, Any]:
+        """Ed's run, which the owner of the data approves first."""
+        self.agree(spec)
         return dict(self.line.json("train", "submit", spec, *more, who="ed", timeout_s=600))
 
     def clusters(self) -> set[Path]:
@@ -279,6 +284,20 @@ def test_the_model_is_as_accurate_as_was_promised(story: Story) -> None:
     (model,) = story.line.json("model", "list", who="ed")
     assert model["metrics"]["holdout_accuracy"] >= 0.84
     assert model["stage"] == "production"
+
+
+def test_both_audits_of_the_run_are_in_its_signed_provenance(story: Story) -> None:
+    provenance = story.line.json("model", "show", "adult@1", who="rita")["provenance"]
+    privacy = json.loads(unb64(provenance["payload"]))["predicate"]["privacy"]
+    audit = privacy["audit"]
+    assert audit["verdict"] == "not falsified"
+    assert audit["mechanism"]["ratio"] >= 0.8, "it sees most of what there is to see"
+    assert audit["one_run"]["epsilon_lower_bound"] <= privacy["epsilon"] == story.shown["epsilon_charged"]
+    assert audit["one_run"]["canaries"] == 200
+    told = story.said["cloister model show"]
+    assert "not falsified" in told
+    assert "PRV" in told
+    assert "an empty batch is a step" in told
 
 
 def test_no_row_key_or_token_is_in_any_log_or_record(story: Story) -> None:
@@ -474,6 +493,50 @@ def test_a_run_can_be_stopped_and_its_epsilon_is_free_again(story: Story) -> Non
     assert shown["state"] == "stopped"
     assert story.line.budget_left() == pytest.approx(before)
     assert Daemon(story.line.home / "runs" / run / "driver").process() is None
+
+
+DIES_BEFORE_IT_STARTS = """
+import os, signal
+from cloister.cli import main, train
+train._start = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+main()
+"""
+
+
+LOSES_THE_ANSWER = """
+from cloister.cli import main
+from cloister.client.authority import AuthorityClient
+from cloister.errors import CloisterError
+post = AuthorityClient.post
+def lossy(self, path, *body):
+    answer = post(self, path, *body)
+    if path == "/v1/runs":
+        raise CloisterError("the server answered 504")
+    return answer
+AuthorityClient.post = lossy
+main()
+"""
+
+
+def test_a_run_that_was_accepted_and_whose_answer_was_lost_holds_nothing(story: Story) -> None:
+    before, runs = story.line.budget_left(), len(story.line.json("train", "list", who="ed"))
+    story.agree()
+    lost = story.line.run("train", "submit", SPEC, who="ed", program=LOSES_THE_ANSWER)
+    assert (lost.returncode, "504" in lost.stderr) == (1, True)
+    newest, *others = story.line.json("train", "list", who="ed")
+    assert (len(others), newest["state"], newest["settled"]) == (runs, "failed", True)
+    assert story.line.budget_left() == pytest.approx(before)
+
+
+def test_who_is_killed_while_submitting_can_still_end_the_run(story: Story) -> None:
+    before, known = story.line.budget_left(), {row["run"] for row in story.line.json("train", "list", who="ed")}
+    story.agree()
+    died = story.line.run("train", "submit", SPEC, who="ed", program=DIES_BEFORE_IT_STARTS)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    assert story.line.budget_left() == pytest.approx(before - 3)
+    (run,) = {row["run"] for row in story.line.json("train", "list", who="ed")} - known
+    assert story.line.json("train", "stop", run, who="ed")["state"] == "stopped"
+    assert story.line.budget_left() == pytest.approx(before)
 
 
 def test_a_killed_supervisor_takes_its_cluster_along_and_the_run_settles(story: Story) -> None:

@@ -43,7 +43,8 @@ def submitted(world: World, author: str = "ed", **changes: Any) -> int:
 def test_a_request_shows_exactly_what_is_approved(world: World) -> None:
     request = asked(world)
     assert request["details"].keys() == {
-        "dataset", "manifest", "spec", "code", "epsilon", "delta", "rows_per_unit", "purpose", "owner",
+        "dataset", "manifest", "spec", "code", "epsilon", "epsilon_at_most", "delta", "rows_per_unit", "purpose",
+        "owner",
     }  # fmt: skip
     shown = request["details"]
     assert (shown["code"], shown["epsilon"], shown["purpose"]) == (CODE, 3.0, "income-research")

@@ -50,7 +50,10 @@ def everything(world: World) -> tuple[str, str]:
     """The whole story once: a run that fails, one that is released, an endpoint, quota, export."""
     failed = world.submit()
     world.lease(failed)
-    world.post(failed, f"/v1/runs/{failed}/failure", {"error": {"kind": "InputError", "error": "SECRET row 17"}})
+    world.post(
+        failed, f"/v1/runs/{failed}/end",
+        world.end_body(failed) | {"error": {"kind": "InputError", "error": "SECRET row 17"}},
+    )  # fmt: skip
     run = world.train()
     world.release()
     endpoint = world.deploy()
@@ -72,7 +75,7 @@ def test_every_change_leaves_exactly_one_entry(world: World) -> None:
     found = [entry for entry in found if entry[1] != "token:issue"]
     done = [entry for entry in found if entry[2] == "success"]
     for action, who, times in (
-        ("train:submit", "ed", 2), ("run:lease", run, 1), ("run:work", run, 2), ("model:promote", "ed", 1),
+        ("train:submit", "ed", 2), ("run:lease", run, 1), ("run:work", run, 3), ("model:promote", "ed", 1),
         ("model:export", "ed", 1), ("endpoint:deploy", "operator", 1), ("endpoint:lease", endpoint, 1),
         ("endpoint:work", endpoint, 1), ("endpoint:stop", "operator", 1),
     ):  # fmt: skip

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
 import pytest
 from sqlalchemy import select
 
-from authority_world import Person, World, receiver
+from authority_world import AUDIT, EPSILON, Person, World, receiver
 from cloister.canonical import b64, canonical_json, unb64
 from cloister.models.release import APPROVAL_LIFETIME_S
+from cloister.privacy import accounting
 from cloister.sealing.stream import open_sealed
 from cloister.signing import keys
 from cloister.stores.tables import approvals
@@ -95,10 +97,68 @@ def test_a_registration_that_points_elsewhere_is_refused(world: World) -> None:
         assert world.content() == before
 
 
+def changed(part: str, **changes: Any) -> dict[str, Any]:
+    return AUDIT | {part: AUDIT[part] | changes}
+
+
+NONSENSE: list[Any] = [
+    None, {}, {"mechanism": AUDIT["mechanism"]}, AUDIT | {"verdict": "not falsified"},
+    changed("one_run", guesses=201), changed("one_run", correct=101), changed("one_run", correct=-1),
+    changed("mechanism", epsilon_lower_bound=-1.0), changed("mechanism", epsilon_lower_bound="low"),
+    changed("mechanism", sample_rate_at_least=1.1), changed("mechanism", poisson=1),
+    changed("mechanism", confidence=1.0), changed("mechanism", epsilon_theory=9.0),
+]  # fmt: skip
+
+
+def test_an_audit_that_makes_no_sense_is_refused(world: World) -> None:
+    run, body = trained(world)
+    for audit in NONSENSE:
+        before = world.content()
+        assert register(world, run, body | {"audit": audit}).status_code == 400
+        assert world.content() == before
+    assert register(world, run, {name: value for name, value in body.items() if name != "audit"}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    "seen",
+    [
+        changed("mechanism", epsilon_lower_bound=EPSILON + 0.01),
+        changed("mechanism", poisson=False),
+        changed("one_run", canaries=2000, guesses=1000, correct=990),
+    ],
+    ids=["the steps", "the batches", "the model"],
+)
+def test_a_run_that_its_audits_falsify_gets_no_model(world: World, seen: dict[str, Any]) -> None:
+    run, body = trained(world)
+    with world.still():
+        refused = register(world, run, body | {"audit": seen})
+        assert refused.status_code == 422
+        assert "falsify" in refused.json()["error"]
+    assert world.get("ed", "/v1/models") == []
+
+
+def test_the_provenance_tells_both_accountants_what_they_assume_and_both_audits(world: World) -> None:
+    run = world.train()
+    provenance = world.get("ed", "/v1/models/adult/versions/1")["provenance"]
+    privacy = json.loads(unb64(provenance["payload"]))["predicate"]["privacy"]
+    plan = world.get("ed", f"/v1/runs/{run}")["plan"]
+    mechanism = plan["noise_multiplier"], plan["sample_rate"], plan["steps"], plan["delta"]
+    by_both = {"prv": accounting.prv_epsilon(*mechanism), "pld": accounting.pld_epsilon(*mechanism)}
+    assert privacy["accountants"] == by_both
+    assert max(by_both.values()) <= privacy["epsilon"] <= EPSILON
+    assert all(sentence.endswith(".") for sentence in privacy["assumptions"])
+    told = privacy["audit"]
+    assert told["verdict"] == "not falsified"
+    assert told["mechanism"]["ratio"] == AUDIT["mechanism"]["epsilon_lower_bound"] / plan["epsilon_certified"]
+    assert (told["one_run"]["correct"], told["one_run"]["epsilon_lower_bound"]) == (50, 0.0)
+    assert told["one_run"]["epsilon_detectable"] > 3.0
+
+
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
 def test_a_metric_is_a_finite_number(world: World, value: str) -> None:
     run, body = trained(world)
-    text = canonical_json(body).replace(b"0.5", value.encode())
+    text = canonical_json(body).replace(b'accuracy":0.5', b'accuracy":' + value.encode())
+    assert value.encode() in text
     before = world.content()
     assert world.ask(run, "POST", f"/v1/runs/{run}/model", content=text).status_code == 400
     assert world.content() == before

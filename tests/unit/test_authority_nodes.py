@@ -15,7 +15,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from authority_world import CODE, NODE, Person, World, lease_body, receiver
+from authority_world import CODE, NODE, Person, World, attempt_body, lease_body, receiver
 from cloister.authority.nodes import LIFETIME, Peer
 from cloister.errors import AuthenticationError, PermissionDeniedError
 from cloister.sealing.lease import OneTimeKey
@@ -153,11 +153,12 @@ BAD: dict[str, Callable[[Training], bytes | None]] = {
 @pytest.mark.parametrize("which", BAD)
 def test_without_a_good_certificate_no_key_leaves(training: Training, which: str) -> None:
     world, run = training.world, training.run
-    with world.over(BAD[which](training)), world.still("denied"):
-        answer = world.ask(run, "POST", f"/v1/runs/{run}/leases", lease_body())
-    assert (answer.status_code, answer.json()["kind"]) == (403, "PermissionDeniedError")
-    rule = "data-is-opened-only-in-its-region" if "region" in which else "workloads-act-only-from-a-node"
-    assert rule in answer.json()["error"]
+    for path, body in (("attempts", attempt_body()), ("leases", lease_body())):
+        with world.over(BAD[which](training)), world.still("denied"):
+            answer = world.ask(run, "POST", f"/v1/runs/{run}/{path}", body)
+        assert (answer.status_code, answer.json()["kind"]) == (403, "PermissionDeniedError")
+        rule = "data-is-opened-only-in-its-region" if "region" in which else "workloads-act-only-from-a-node"
+        assert rule in answer.json()["error"]
 
 
 @pytest.mark.parametrize("der", [certificate(san=False), b"garbage", b"\x30\x00"])
@@ -173,12 +174,14 @@ def test_a_node_of_another_region_may_work_on_what_needs_no_data(training: Train
     world, run = training.world, training.run
     with world.over(training.american):
         assert world.get(run, f"/v1/runs/{run}")["state"] == "submitted"
-        with world.still():  # 409: it has had no lease; policy did not object
-            assert world.refused(409, run, "POST", f"/v1/runs/{run}/blocks", {"first": 0, "last": 1}) == "ConflictError"
+        with world.still():  # 409: no attempt is open; policy did not object
+            block = {"attempt": 1, "first": 0, "last": 1}
+            assert world.refused(409, run, "POST", f"/v1/runs/{run}/blocks", block) == "ConflictError"
 
 
 def test_the_good_certificate_gives_the_lease_and_the_entry_names_the_node(world: World) -> None:
     run = world.submit()
+    world.attempt(run)
     with world.recorded(run, "run:lease"):
         world.lease(run)
     assert world.log()[-1].details["node"] == NODE
@@ -210,7 +213,7 @@ def test_a_node_is_believed_by_its_certificate_and_by_nothing_that_it_says(world
     run = world.submit()
     caller = world.caller(run)
     with pytest.raises(PermissionDeniedError, match="workloads-act-only-from-a-node"):
-        world.authority.runs.lease(replace(caller, node=None), run, 0, OneTimeKey.generate().public, CODE)
+        world.authority.attempts.lease(replace(caller, node=None), run, 1, 0, OneTimeKey.generate().public, CODE)
 
 
 def test_the_thumbprint_is_that_of_the_specification() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from authority_world import (
+    AUDIT,
     CODE,
     DELTA,
     EPSILON,
@@ -18,9 +19,12 @@ from authority_world import (
     Person,
     World,
     adult_schema,
+    attempt_body,
     lease_body,
     training_spec,
 )
+from cloister.authority import attempts as attempts_module
+from cloister.authority import costs
 from cloister.authority import runs as runs_module
 from cloister.authority.service import Authority
 from cloister.datasets.schema import DatasetSchema
@@ -51,7 +55,8 @@ def test_the_whole_plan_is_charged_at_submit(world: World) -> None:
         run = world.submit()
     assert charged(world) == EPSILON
     assert world.budget()["delta_charged"] == DELTA
-    assert world.budget()["history"] == [{"run": run, "author": "ed", "state": "submitted", "epsilon": EPSILON}]
+    (spent,) = world.budget()["runs"]
+    assert (spent["run"], spent["author"], spent["state"], spent["epsilon"]) == (run, "ed", "submitted", EPSILON)
 
 
 def test_a_run_over_budget_is_refused(world: World) -> None:
@@ -62,6 +67,15 @@ def test_a_run_over_budget_is_refused(world: World) -> None:
     world.submit()
     with world.still():
         assert world.refused(409, "ed", "POST", "/v1/runs", run_body()) == "BudgetError"
+
+
+def test_a_key_has_one_run(world: World) -> None:
+    body = run_body()
+    run = world.agreed("rita", "ed", "POST", "/v1/runs", body)["run"]
+    assert run.startswith("run-")
+    assert world.vote("rita", world.missing(world.ask("ed", "POST", "/v1/runs", body))).status_code == 200
+    with world.still():
+        assert world.refused(409, "ed", "POST", "/v1/runs", body) == "ConflictError"
 
 
 def test_a_dataset_without_a_budget_cannot_be_trained_on(empty_world: World) -> None:
@@ -156,7 +170,8 @@ def test_a_run_on_a_restricted_label_from_before_gets_no_restricted_key(
     """Even if a spec were accepted that must not be: the lease holds the line by itself."""
     run = world.submit()
     schema = DatasetSchema.from_mapping(adult_schema().to_dict())
-    monkeypatch.setattr(runs_module, "_columns", lambda *_: (schema.feature_columns(None), schema.column("sex")))
+    for module in (runs_module, attempts_module):
+        monkeypatch.setattr(module, "columns_of", lambda *_: (schema.feature_columns(None), schema.column("sex")))
     with world.still("denied"):
         assert world.refused(403, "ed", "POST", "/v1/runs", run_body()) == "PermissionDeniedError"
     assert not any("restricted" in name for name in world.lease(run).keys)
@@ -176,6 +191,7 @@ def test_a_run_on_a_restricted_label_from_before_gets_no_restricted_key(
 )
 def test_a_lease_for_another_rank_code_or_key_is_refused(world: World, body: dict[str, Any], status: int) -> None:
     run = world.submit()
+    world.attempt(run)
     before = world.content()
     answer = world.ask(run, "POST", f"/v1/runs/{run}/leases", body)
     assert answer.status_code == status
@@ -192,11 +208,12 @@ def test_a_second_lease_for_a_rank_is_refused(world: World) -> None:
 
 def test_only_one_of_many_leases_at_once_is_given(world: World) -> None:
     run = world.submit()
+    world.attempt(run)
     caller = world.caller(run)
 
     def ask(_: int) -> bool:
         try:
-            world.authority.runs.lease(caller, run, 0, OneTimeKey.generate().public, CODE)
+            world.authority.attempts.lease(caller, run, 1, 0, OneTimeKey.generate().public, CODE)
         except CloisterError:
             return False
         return True
@@ -206,18 +223,20 @@ def test_only_one_of_many_leases_at_once_is_given(world: World) -> None:
     assert world.counts()["leases"] == 1
 
 
-@pytest.mark.parametrize("end", ["stop", "failure"])
+@pytest.mark.parametrize("end", ["stop", "end"])
 def test_a_run_that_has_ended_gets_nothing_more(world: World, end: str) -> None:
     run = world.submit()
     world.lease(run)
     world.commit(run, 0, 3)
-    world.post("ed" if end == "stop" else run, f"/v1/runs/{run}/{end}", None if end == "stop" else {"error": {}})
+    world.post("ed", f"/v1/runs/{run}/stop") if end == "stop" else world.end(run)
     for path, body in (
+        ("attempts", attempt_body()),
         ("leases", lease_body(1)),
-        ("blocks", {"first": 3, "last": 4}),
-        ("progress", {"steps_done": 1, "rows_per_s": 1.0}),
+        ("blocks", {"attempt": 1, "first": 3, "last": 4}),
+        ("checkpoints", world.checkpoint_body(run, 3)),
+        ("progress", {"attempt": 1, "steps_done": 1, "rows_per_s": 1.0}),
         ("model", {"manifest": "e30=", "model_sha256": "0" * 64, "blob": f"models/{run}/x", "blob_sha256": "0" * 64,
-                   "holdout_accuracy": 0.5}),
+                   "holdout_accuracy": 0.5, "audit": AUDIT}),
     ):  # fmt: skip
         before = world.content()
         world.refused(409, run, "POST", f"/v1/runs/{run}/{path}", body)
@@ -236,6 +255,7 @@ def test_the_lease_is_on_record_before_its_keys_exist_outside(world: World) -> N
 @pytest.mark.parametrize(("event", "table"), [("INSERT", "log_entries"), ("UPDATE", "log_head")])
 def test_without_a_log_no_key_leaves(world: World, event: str, table: str) -> None:
     run, approved = world.submit(), run_body()
+    world.attempt(run)
     assert world.vote("rita", world.missing(world.ask("ed", "POST", "/v1/runs", approved))).status_code == 200
     world.token(run)
     with world.place.raw() as database:
@@ -257,7 +277,8 @@ def test_without_a_log_no_key_leaves(world: World, event: str, table: str) -> No
 
 def test_without_the_log_table_no_key_leaves(world: World) -> None:
     run = world.submit()
-    world.token(run)
+    world.attempt(run)
+    world.token(run)  # which is on record too: what is refused has to be the lease
     with world.place.raw() as database:
         database.exec_driver_sql("ALTER TABLE log_entries RENAME TO gone")
     before = world.content()
@@ -276,15 +297,17 @@ def test_a_block_that_is_not_the_next_one_is_refused(world: World, block: tuple[
     world.lease(run)
     world.commit(run, 0, 3)
     before = world.content()
-    answer = world.ask(run, "POST", f"/v1/runs/{run}/blocks", dict(zip(("first", "last"), block, strict=True)))
+    answer = world.ask(run, "POST", f"/v1/runs/{run}/blocks", {"attempt": 1, "first": block[0], "last": block[1]})
     assert answer.status_code in (400, 409)
     assert world.content() == before
 
 
-def test_no_block_before_a_lease(world: World) -> None:
+def test_no_lease_and_no_block_before_an_attempt(world: World) -> None:
     run = world.submit()
     with world.still():
-        world.refused(409, run, "POST", f"/v1/runs/{run}/blocks", {"first": 0, "last": 1})
+        world.refused(409, run, "POST", f"/v1/runs/{run}/leases", lease_body())
+    with world.still():
+        world.refused(409, run, "POST", f"/v1/runs/{run}/blocks", {"attempt": 1, "first": 0, "last": 1})
 
 
 def test_progress_is_never_ahead_of_what_is_committed(world: World) -> None:
@@ -292,8 +315,8 @@ def test_progress_is_never_ahead_of_what_is_committed(world: World) -> None:
     world.lease(run)
     world.commit(run, 0, 3)
     with world.still(entries=0):
-        world.refused(400, run, "POST", f"/v1/runs/{run}/progress", {"steps_done": 4, "rows_per_s": 1.0})
-    world.post(run, f"/v1/runs/{run}/progress", {"steps_done": 3, "rows_per_s": 1.0})
+        world.refused(400, run, "POST", f"/v1/runs/{run}/progress", {"attempt": 1, "steps_done": 4, "rows_per_s": 1.0})
+    world.post(run, f"/v1/runs/{run}/progress", {"attempt": 1, "steps_done": 3, "rows_per_s": 1.0})
     assert world.get("ed", f"/v1/runs/{run}")["steps_done"] == 3
 
 
@@ -303,24 +326,29 @@ def test_progress_is_never_ahead_of_what_is_committed(world: World) -> None:
 def test_failing_before_any_block_gives_everything_back(world: World) -> None:
     run = world.submit()
     world.lease(run)
+    body = world.end_body(run) | {"error": {"kind": "InputError", "error": "x" * 9999}}
     with world.recorded(run, "run:work"):
-        world.post(run, f"/v1/runs/{run}/failure", {"error": {"kind": "InputError", "error": "x" * 9999}})
+        world.post(run, f"/v1/runs/{run}/end", body)
     assert (charged(world), world.budget()["delta_charged"]) == (0.0, 0.0)
     assert len(world.get("ed", f"/v1/runs/{run}")["error"]["error"]) == 500
 
 
-@pytest.mark.parametrize("end", ["stop", "failure"])
+@pytest.mark.parametrize("end", ["stop", "end"])
 def test_ending_after_some_steps_charges_for_them(world: World, end: str) -> None:
     run = world.submit()
     world.lease(run)
     world.commit(run, 0, 3)
     spent = world.get("ed", f"/v1/runs/{run}")["epsilon_spent"]
-    world.post("ed" if end == "stop" else run, f"/v1/runs/{run}/{end}", None if end == "stop" else {"error": {}})
+    if end == "stop":
+        world.post("ed", f"/v1/runs/{run}/stop")
+        assert charged(world) == EPSILON  # on a person's word nothing is given back
+    world.end(run)
     shown = world.get("ed", f"/v1/runs/{run}")
+    assert shown["state"] == ("stopped" if end == "stop" else "failed")
     assert 0 < shown["epsilon_charged"] == spent == charged(world) < shown["plan"]["epsilon_certified"]
     assert world.budget()["delta_charged"] == DELTA
     with world.still("success"):  # an end is an end: saying it again changes nothing
-        world.post(run, f"/v1/runs/{run}/failure", {"error": {"kind": "later"}})
+        world.end(run)
 
 
 def test_a_finished_run_is_charged_what_is_certified(world: World) -> None:
@@ -334,9 +362,9 @@ def test_a_finished_run_is_charged_what_is_certified(world: World) -> None:
 
 def test_no_number_of_steps_costs_more_than_the_plan(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = world.get("ed", f"/v1/runs/{world.submit()}")["plan"]
-    monkeypatch.setattr(runs_module, "_epsilon_after", lambda *_: EPSILON + 0.01)
-    assert runs_module.settle(plan, STEPS - 1) == (EPSILON, DELTA)
-    assert runs_module.settle(plan, 0) == (0.0, 0.0)
+    monkeypatch.setattr(costs, "_accounts_after", lambda *_: {"prv": EPSILON + 0.01, "pld": EPSILON})
+    assert costs.settle(plan, STEPS - 1) == (EPSILON, DELTA)
+    assert costs.settle(plan, 0) == (0.0, 0.0)
 
 
 # ---- people ----

@@ -71,5 +71,6 @@ def test_a_run_that_is_stopped_is_charged_for_persons_and_not_for_rows(clinic_wo
     plan = world.lease(run).plan
     world.commit(run, 0, 3)
     world.post("ed", f"/v1/runs/{run}/stop")
+    world.end(run, "stopped")
     known = plan["noise_multiplier"], plan["sample_rate"], 3, plan["delta"]
     assert world.budget("clinic")["epsilon_charged"] == accounting.epsilon(*known, MAX_ROWS)

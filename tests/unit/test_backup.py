@@ -207,9 +207,10 @@ def test_an_older_state_is_refused_and_with_the_operators_word_recorded(world: W
     restored = bring_back(world, tmp_path / "backup", accept_rollback=True)
     assert restored.rolled_back_from == size
     reopened(world)
-    entry = world.log()[-1]
+    *_, entry, sealed = world.log()
     assert (entry.actor, entry.action, entry.details["rollback"]) == ("operator", "backup:restore", True)
-    assert (entry.details["from_size"], entry.details["to_size"]) == (size, len(world.log()) - 1)
+    assert (entry.details["from_size"], entry.details["to_size"]) == (size, len(world.log()) - 2)
+    assert (sealed.actor, sealed.action, sealed.resource) == ("authority", "ledger:seal", "Dataset/adult@1")
     assert world.authority.core.keys.remembered()[0] == len(world.log())  # type: ignore[index]
     # What was spent since is not known: nothing is left, until somebody else agrees to more.
     assert world.budget()["epsilon_left"] == 0
@@ -287,8 +288,9 @@ def test_no_token_lives_through_a_restore(world: World, tmp_path: Path) -> None:
 def test_runs_of_before_end_with_their_whole_charge(world: World, tmp_path: Path) -> None:
     run = world.submit()
     world.lease(run)
+    world.commit(run, 0, 3)
     back_up(world, tmp_path / "backup")
-    world.commit(run)  # on record, but nothing left since: no rollback
+    ended = world.end_body(run)
     lose(world)
     restored = bring_back(world, tmp_path / "backup")
     assert (restored.rolled_back_from, restored.runs_ended) == (None, 1)
@@ -296,7 +298,26 @@ def test_runs_of_before_end_with_their_whole_charge(world: World, tmp_path: Path
     shown = world.get("ed", f"/v1/runs/{run}")
     assert shown["state"] == "failed"
     assert shown["epsilon_charged"] == shown["epsilon_planned"]
-    assert world.ask(run, "POST", f"/v1/runs/{run}/blocks", {"first": 0, "last": 1}).status_code in (401, 409)
+    block = {"attempt": 1, "first": 3, "last": 4}
+    assert world.ask(run, "POST", f"/v1/runs/{run}/blocks", block).status_code == 409
+    # Nor does its own word give anything back: nobody knows what it did since.
+    world.post(run, f"/v1/runs/{run}/end", ended)
+    assert world.budget()["epsilon_charged"] == shown["epsilon_planned"]
+    assert world.refused(409, "ed", "POST", f"/v1/runs/{run}/resume") == "ConflictError"
+
+
+def test_a_backup_of_before_a_block_of_steps_is_an_old_one(world: World, tmp_path: Path) -> None:
+    """Its ledger does not know of steps whose noise may have been released since."""
+    run = world.submit()
+    world.lease(run)
+    back_up(world, tmp_path / "backup")
+    world.commit(run, 0, 3)
+    lose(world)
+    with pytest.raises(IntegrityError, match="older"):
+        bring_back(world, tmp_path / "backup")
+    bring_back(world, tmp_path / "backup", accept_rollback=True)
+    reopened(world)
+    assert world.budget()["epsilon_left"] == 0
 
 
 def test_erased_rows_do_not_come_back_and_other_datasets_do(world: World, tmp_path: Path) -> None:

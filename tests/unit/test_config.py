@@ -115,14 +115,15 @@ def test_without_settings_one_machine_is_served_and_nobody_is_trusted(tmp_path: 
         ("authority: {password: hunter2}", "authority.password"),
         ("authority: {issuers: [{issuer: https://login.example}]}", "authority.issuers.0.audience"),
         ("autority: {}", "autority"),
-        ("authority: {", "YAML"),
-        ("- authority", ""),
+        ("authority: {", "this is not YAML"),
+        ("- authority", "the whole"),
     ],
 )
 def test_a_wrong_setting_is_refused_by_name_and_without_its_value(tmp_path: Path, text: str, place: str) -> None:
     with pytest.raises(InputError, match="is not valid") as caught:
         loaded(tmp_path, text)
-    assert caught.value.message.endswith(f"is not valid: {place}")
+    told = caught.value.message.partition("is not valid: ")[2]
+    assert told == place or told.startswith(f"{place}: ")
     assert "hunter2" not in str(caught.value.args)
 
 

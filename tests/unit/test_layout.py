@@ -20,11 +20,13 @@ KNOW_RAY = {"cloister.training.worker", "cloister.training.driver", "cloister.se
 MAX_LINES = 500
 NOT_A_COMMAND = {"cluster"}  # "cloister cluster …" is the common name in a cluster's certificate
 WITHOUT_RAY = """
-import importlib, pkgutil, sys
+import importlib.util, pkgutil, sys
 sys.modules["ray"] = None  # an import of it, or of anything in it, raises ImportError
 import cloister.privacy
 names = [f"cloister.privacy.{each.name}" for each in pkgutil.iter_modules(cloister.privacy.__path__)]
 assert names
+if importlib.util.find_spec("triton") is None:
+    names.remove("cloister.privacy.noise_cuda")  # the one module that needs it; only a GPU asks for it
 for name in ["cloister", "cloister.cli", "cloister.training.loop", *names]:
     importlib.import_module(name)
 """

@@ -19,7 +19,7 @@ from cloister.client.erase import erase, verified_certificate
 from cloister.datasets.erasure import sentences
 from cloister.errors import ConflictError, InputError, IntegrityError, NotFoundError, UnavailableError
 from cloister.signing.keys import public_to_pem
-from cloister.stores.tables import data_keys, datasets, erasures, runs
+from cloister.stores.tables import data_keys, datasets, erasures
 
 
 def test_appending_shares_what_is_there_and_seals_only_what_is_new(world: World) -> None:
@@ -165,6 +165,8 @@ def test_every_model_that_learned_from_it_is_flagged_and_its_bound_is_stated(by_
     run = trained_on(world)
     open_run, leased = run_on(world), run_on(world)
     lease = world.lease(leased)
+    world.commit(leased, 0, int(lease.plan["steps"]))
+    world.attempt(open_run)
     done = clinic.erase_person(world, 7)
     (model,) = done["facts"]["models"]
     unit, subject = model["unit"], model["subject"]
@@ -185,9 +187,8 @@ def test_every_model_that_learned_from_it_is_flagged_and_its_bound_is_stated(by_
         assert (answer.status_code, answer.json()["kind"]) == (409, "ConflictError")
         assert "clinic@2 is live" in answer.json()["error"]
         assert erasure in answer.json()["hint"]
-    assert world.refused(409, leased, "POST", f"/v1/runs/{leased}/blocks", {"first": 0, "last": 1}) == "ConflictError"
-    with world.authority.core.database.transaction() as connection:
-        connection.execute(update(runs).where(runs.c.id == leased).values(steps_committed=int(lease.plan["steps"])))
+    block = {"attempt": 1, "first": 0, "last": 1}
+    assert world.refused(409, open_run, "POST", f"/v1/runs/{open_run}/blocks", block) == "ConflictError"
     register(world, leased, lease)
     assert world.get("ed", "/v1/models/clinic/versions/2")["flags"] == [erasure]
 

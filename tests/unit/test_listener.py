@@ -234,7 +234,8 @@ def test_certificates_of_an_outside_ca_count_if_they_name_a_registered_node(tmp_
 
 def test_a_run_without_a_node_gets_no_lease(port: Port) -> None:
     """The rule that the certificate is for; the leases themselves are tested in `test_authority_runs`."""
+    body = {"attempt": 1, "rank": 0, "public_key": "", "code_digest": "sha256:" + "0" * 64}
     with contextlib.closing(port.client(Person("nobody", []))) as client, pytest.raises(AuthenticationError):
-        client.post("/v1/runs/run-0/leases", {"rank": 0, "public_key": "", "code_digest": "sha256:" + "0" * 64})
+        client.post("/v1/runs/run-0/leases", body)
     with contextlib.closing(port.client(port.operator)) as client, pytest.raises(PermissionDeniedError):
         client.post("/v1/nodes/certificate", {"csr": "x"})

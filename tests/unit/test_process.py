@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from cloister.errors import CloisterError, InputError, UnavailableError
-from cloister.process import INHERITED, Daemon, describe
+from cloister.process import INHERITED, Daemon, _birth, describe
 from cloister.stores.blobs import AWS_PLACES
 
 SLEEPER = """
@@ -53,16 +53,25 @@ def write_pid(daemon: Daemon, **record: object) -> None:
 
 def test_a_reused_pid_is_never_hit(tmp_path: Path, stranger: subprocess.Popen[bytes]) -> None:
     daemon = Daemon(tmp_path / "daemon")
-    started = psutil.Process(stranger.pid).create_time()
-    for created in (started - 100, started + 100, started - 1.5, 0):
-        write_pid(daemon, pid=stranger.pid, created=created)
+    boot, ticks = _birth(stranger.pid).split()
+    for born in (f"{boot} {int(ticks) - 1}", f"{boot} {int(ticks) + 100}", f"another-boot {ticks}", "", 0):
+        write_pid(daemon, pid=stranger.pid, born=born)
         assert daemon.process() is None
         assert daemon.stop() is False
         assert not (tmp_path / "daemon" / "pid.json").exists()
         assert stranger.poll() is None
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"pid": 999999999, "created": 1}', '{"pid": -1, "created": 1}'])
+def test_a_step_of_the_clock_makes_no_stranger_of_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    daemon = Daemon(tmp_path / "daemon")
+    daemon.start("http.server", ["0", "--bind", "127.0.0.1"])
+    booted = psutil.boot_time()
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: booted + 7)  # what psutil makes of a clock that was put on
+    assert daemon.process() is not None
+    assert daemon.stop() is True
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"pid": 999999999, "born": "1"}', '{"pid": -1, "born": "1"}'])
 def test_a_damaged_pid_file_stops_nobody(tmp_path: Path, text: str) -> None:
     daemon = Daemon(tmp_path)
     (tmp_path / "pid.json").write_text(text)

@@ -16,7 +16,7 @@ import torch
 from test_pipeline import Live, Source
 
 from cloister.canonical import sha256_hex, unb64
-from cloister.client.authority import TrainingLease
+from cloister.client.authority import Attempt, TrainingLease
 from cloister.client.inference import _tensor
 from cloister.datasets.encoding import FeatureEncoder
 from cloister.datasets.ingest import read_table
@@ -25,7 +25,8 @@ from cloister.datasets.partition import Numbering, partition
 from cloister.datasets.schema import DatasetSchema
 from cloister.datasets.subjects import SubjectKeys, protect
 from cloister.errors import InputError
-from cloister.models.release import model_seal_context
+from cloister.models.release import checkpoint_seal_context, model_seal_context
+from cloister.privacy import accounting
 from cloister.privacy.plan import PrivacyPlan
 from cloister.privacy.spec import TrainingSpec
 from cloister.sealing.envelope import new_key
@@ -40,6 +41,7 @@ from cloister.stores.blobs import FolderBlobs
 from cloister.training.work import work
 from serving_world import ISSUER, MODEL, NOW, RELEASE_KEY, FakeAuthority, TokenMaker, allow_all, signed_release
 
+SIDE, PIXELS = 12, 144
 SCHEMA = DatasetSchema.from_yaml_text("""
 name: digits
 purpose: research
@@ -48,11 +50,15 @@ retention: P1Y
 unit: {column: writer, max_rows: 20}
 columns:
   - {name: writer, type: text, class: restricted, role: identifier, keep_original: true}
-  - {name: image, type: tensor, class: confidential, shape: [8, 8], dtype: uint8, bounds: [0, 255]}
+  - {name: image, type: tensor, class: confidential, shape: [12, 12], dtype: uint8, bounds: [0, 255]}
   - {name: digit, type: category, class: confidential, role: label, values: ["0", "1", "2", "3"]}
 """)
+ARCHITECTURES = {
+    "mlp": {"architecture": "mlp", "hidden": [16]},
+    "scattering": {"architecture": "scattering", "image": [SIDE, SIDE]},
+}
 SPEC = {
-    "name": MODEL, "dataset": "digits@1", "label": "digit", "model": {"architecture": "mlp", "hidden": [16]},
+    "name": MODEL, "dataset": "digits@1", "label": "digit",
     "privacy": {"epsilon": 8.0, "delta": 1e-5},
     "training": {"epochs": 20, "expected_batch_size": 100, "optimizer": "adam", "learning_rate": 0.02},
     "resources": {"workers": 1, "region": "eu"}, "purpose": "research",
@@ -63,8 +69,8 @@ def images(rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Four shapes under noise: a bar on each side."""
     chance = np.random.default_rng(5)
     digits = chance.integers(0, 4, rows)
-    pictures = chance.integers(0, 60, (rows, 8, 8))
-    for digit, bar in enumerate((np.s_[:, :2, :], np.s_[:, -2:, :], np.s_[:, :, :2], np.s_[:, :, -2:])):
+    pictures = chance.integers(0, 60, (rows, SIDE, SIDE))
+    for digit, bar in enumerate((np.s_[:, :3, :], np.s_[:, -3:, :], np.s_[:, :, :3], np.s_[:, :, -3:])):
         pictures[bar] += 180 * (digits == digit)[:, None, None]
     return pictures.astype(np.uint8), digits
 
@@ -77,8 +83,8 @@ class Alone:
     def all_reduce(self, tensor: torch.Tensor) -> None:
         pass
 
-    def agree(self, ok: bool) -> bool:
-        return ok
+    def share(self, message: bytes) -> bytes:
+        return message
 
 
 class Grant:
@@ -96,11 +102,11 @@ class Grant:
         return {}
 
 
-def seal(folder: Path) -> tuple[TrainingLease, set[str]]:
+def seal(folder: Path, architecture: str) -> tuple[TrainingLease, set[str]]:
     """A sealed version of the images, and the lease of one rank that trains on it."""
     pictures, digits = images(1200)
     sink = io.BytesIO()
-    held = pa.array([picture.tobytes() for picture in pictures], pa.binary(64))
+    held = pa.array([picture.tobytes() for picture in pictures], pa.binary(PIXELS))
     writers = [f"writer {row % 150}" for row in range(1200)]
     pq.write_table(pa.table({"digit": digits.astype(str).tolist(), "image": held, "writer": writers}), sink)
     table, tags = protect(
@@ -126,25 +132,30 @@ def seal(folder: Path) -> tuple[TrainingLease, set[str]]:
     )
     digest = manifest.digest.removeprefix("sha256:")
     statement = dsse.statement("digits", digest, MANIFEST_PREDICATE, manifest.model_dump(mode="json"))
+    rows = manifest.rows("train")
+    epsilon = accounting.epsilon(1.0, 100 / rows, 60, 1e-5)
     plan = PrivacyPlan(
-        epsilon=8.0, delta=1e-5, epsilon_certified=8.0, noise_multiplier=1.0, max_grad_norm=1.0,
-        sample_rate=100 / manifest.rows("train"), steps=60, rows=manifest.rows("train"), rows_per_unit=20,
+        epsilon=epsilon, delta=1e-5, epsilon_certified=epsilon, noise_multiplier=1.0, max_grad_norm=1.0,
+        sample_rate=100 / rows, steps=60, rows=rows,
     )  # fmt: skip
     lease = TrainingLease(
-        keys=data_keys, model_key=new_key(), manifest=dsse.sign(statement, owner),
-        owner_key=keys.public_to_pem(owner.public_key()).decode(), spec=SPEC, plan=plan.to_dict(), blobs=blobs.url,
-        seal_context=model_seal_context("run-1"), evaluation_epsilon=1000.0,  # its noise is tested elsewhere
+        spec=SPEC | {"model": ARCHITECTURES[architecture]},
+        keys=data_keys, model_key=new_key(), checkpoint_key=new_key(), manifest=dsse.sign(statement, owner),
+        owner_key=keys.public_to_pem(owner.public_key()).decode(), plan=plan.to_dict(), blobs=blobs.url,
+        seal_context=model_seal_context("run-1"), checkpoint_context=checkpoint_seal_context("run-1"),
+        evaluation_epsilon=1.0,
     )  # fmt: skip
     return lease, {file.part for file in files}
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Grant, bytes]:
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Grant, bytes]:
     folder = tmp_path_factory.mktemp("blobs")
-    lease, parts = seal(folder)
+    lease, parts = seal(folder, request.param)
     assert parts == {"restricted", "confidential", "index"}
     grant = Grant(lease)
-    work(grant, "run-1", "sha256:" + "0" * 64, Alone())  # type: ignore[arg-type]  # what it uses of a client
+    first = Attempt(number=1, resume_from=0, checkpoint=None)
+    work(grant, "run-1", "sha256:" + "0" * 64, Alone(), first)  # type: ignore[arg-type]  # what it uses of a client
     assert lease.model_key is not None
     model = FolderBlobs.from_url(lease.blobs).get(grant.told["model"]["blob"])
     return grant, open_sealed(lease.model_key, model, lease.seal_context)
@@ -165,7 +176,7 @@ def test_images_are_sealed_trained_on_and_scored(trained: tuple[Grant, bytes]) -
         quota=Quota(Source(FakeAuthority(release)), block_size=100, clock=lambda: NOW),
     )  # fmt: skip
     (described,) = pipeline.metadata()["inputs"]
-    assert described == {"name": "image", "datatype": "UINT8", "shape": [-1, 8, 8]}
+    assert described == {"name": "image", "datatype": "UINT8", "shape": [-1, SIDE, SIDE]}
     pictures, digits = images(40)
 
     def ask(shape: list[int], data: Any, datatype: str = "UINT8") -> list[str]:
@@ -174,12 +185,12 @@ def test_images_are_sealed_trained_on_and_scored(trained: tuple[Grant, bytes]) -
         answer = asyncio.run(pipeline.infer(claims, json.dumps(body).encode()))
         return list(answer["outputs"][0]["data"])
 
-    flat = ask([40, 64], pictures.reshape(-1).tolist())
+    flat = ask([40, PIXELS], pictures.reshape(-1).tolist())
     assert np.mean(np.array(flat) == digits.astype(str)) > 0.6
-    assert ask([40, 8, 8], pictures.tolist()) == flat
-    assert ask([40, 64], pictures.reshape(40, 64).tolist(), "FP32") == flat
+    assert ask([40, SIDE, SIDE], pictures.tolist()) == flat
+    assert ask([40, PIXELS], pictures.reshape(40, PIXELS).tolist(), "FP32") == flat
     with pytest.raises(InputError, match="outside the declared bounds"):
-        ask([1, 64], [256] * 64, "INT64")
+        ask([1, PIXELS], [256] * PIXELS, "INT64")
 
 
 def test_nothing_that_left_the_worker_names_anybody(trained: tuple[Grant, bytes]) -> None:
@@ -197,7 +208,7 @@ def test_a_lease_opens_no_class_that_is_not_trained_on(trained: tuple[Grant, byt
         shard_aad("digits", 1, "confidential", "train-000", "eu"),
     )  # fmt: skip
     assert table.column_names == ["image", "digit"]
-    assert table.schema.field("image").type == pa.binary(64), "tensors are stored as they are, not as lists"
+    assert table.schema.field("image").type == pa.binary(PIXELS), "tensors are stored as they are, not as lists"
 
 
 @pytest.mark.parametrize(

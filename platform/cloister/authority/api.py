@@ -11,15 +11,16 @@ from fastapi.responses import StreamingResponse
 from cloister.authority.bodies import (
     Block,
     Budget,
+    Checkpoint,
     CosignedNote,
     ElevatedAccess,
     EndingAt,
     Expiry,
-    Failure,
     KeyRotation,
     LeaseRequest,
     ModelLeaseRequest,
     Name,
+    NewAttempt,
     NewEndpoint,
     NewIdentity,
     NewKey,
@@ -32,6 +33,7 @@ from cloister.authority.bodies import (
     QuotaRequest,
     Refusal,
     Roles,
+    RunEnd,
     SealedDataset,
     Sealing,
     SigningRequest,
@@ -73,6 +75,7 @@ def create_app(authority: Authority) -> FastAPI:
     _public_routes(app, authority)
 
     identities, datasets, runs = authority.identities, authority.datasets, authority.runs
+    attempts, ends = authority.attempts, authority.ends
     registration, lifecycle, shredding = authority.registration, authority.lifecycle, authority.shredding
     models, endpoints, log = authority.models, authority.endpoints, authority.log
     approvals, access, policies, nodes = authority.approvals, authority.access, authority.policies, authority.nodes
@@ -210,29 +213,42 @@ def create_app(authority: Authority) -> FastAPI:
 
     @route("POST", "/runs/{run}/stop")
     def stop_run(c: Who, run: Name) -> Any:
-        return runs.stop(c, run)
+        return ends.stop(c, run)
+
+    @route("POST", "/runs/{run}/resume")
+    def resume(c: Who, run: Name) -> Any:
+        return ends.resume(c, run)
+
+    @route("POST", "/runs/{run}/attempts")
+    def open_attempt(c: Who, run: Name, body: NewAttempt) -> Any:
+        return attempts.open(c, run, body.world_size, body.code_digest)
 
     @route("POST", "/runs/{run}/leases")
     def lease(c: Who, run: Name, body: LeaseRequest) -> Any:
-        return runs.lease(c, run, body.rank, unb64(body.public_key), body.code_digest)
+        return attempts.lease(c, run, body.attempt, body.rank, unb64(body.public_key), body.code_digest)
 
     @route("POST", "/runs/{run}/blocks")
     def commit_block(c: Who, run: Name, body: Block) -> Any:
-        return runs.commit_block(c, run, body.first, body.last)
+        return attempts.commit_block(c, run, body.attempt, body.first, body.last)
+
+    @route("POST", "/runs/{run}/checkpoints")
+    def checkpoint(c: Who, run: Name, body: Checkpoint) -> Any:
+        return attempts.checkpoint(c, run, body.attempt, body.step, body.blob, body.sha256)
 
     @route("POST", "/runs/{run}/progress")
     def progress(c: Who, run: Name, body: Progress) -> Any:
-        return runs.progress(c, run, body.steps_done, body.rows_per_s)
+        return attempts.progress(c, run, body.attempt, body.steps_done, body.rows_per_s)
 
     @route("POST", "/runs/{run}/model")
     def register_model(c: Who, run: Name, body: TrainedModel) -> Any:
         return models.register(
-            c, run, unb64(body.manifest), body.model_sha256, body.blob, body.blob_sha256, body.holdout_accuracy
-        )
+            c, run, unb64(body.manifest), body.model_sha256, body.blob, body.blob_sha256, body.holdout_accuracy,
+            body.audit.model_dump(),
+        )  # fmt: skip
 
-    @route("POST", "/runs/{run}/failure")
-    def fail(c: Who, run: Name, body: Failure) -> Any:
-        return runs.fail(c, run, body.error)
+    @route("POST", "/runs/{run}/end")
+    def end(c: Who, run: Name, body: RunEnd) -> Any:
+        return ends.end(c, run, body.envelope.model_dump(), body.error)
 
     @route("GET", "/models")
     def list_models(c: Who) -> Any:

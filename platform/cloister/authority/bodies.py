@@ -5,7 +5,7 @@ The limits are in the OpenAPI document too, so a client and a test can see them.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from fastapi import Query
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
@@ -26,6 +26,8 @@ def _parsed(spec: object) -> dict[str, Any]:
 Name = Annotated[str, Field(min_length=1, max_length=63)]
 Version = Annotated[int, Field(ge=1, le=999_999_999)]
 Step = Annotated[int, Field(ge=0, le=1_000_000_000)]
+Canaries = Annotated[int, Field(ge=0, le=100_000)]
+Attempt = Annotated[int, Field(ge=1, le=1_000)]
 Text = Annotated[str, Field(min_length=1, max_length=300)]
 Pem = Annotated[str, Field(min_length=1, max_length=4096)]
 Base64 = Annotated[str, Field(max_length=8 * 1024 * 1024)]
@@ -134,6 +136,11 @@ class Envelope(Body):
     signatures: Annotated[list[Signature], Field(min_length=1, max_length=8)]
 
 
+class RunEnd(Body):
+    envelope: Envelope
+    error: Annotated[dict[ErrorName, ErrorText], Field(max_length=16)] | None = None
+
+
 class SignedManifest(Envelope):
     """DSSE v1.0.2, of a manifest of up to 100,000 files."""
 
@@ -186,20 +193,65 @@ class NewRun(Spec):
     public_key: Pem
 
 
+class NewAttempt(Body):
+    world_size: int = Field(ge=1, le=4096)
+    code_digest: CodeDigest
+
+
 class LeaseRequest(Body):
+    attempt: Attempt
     rank: int = Field(ge=0, le=4096)
     public_key: OneTimeKey
     code_digest: CodeDigest
 
 
 class Block(Body):
+    attempt: Attempt
     first: Step
     last: Step
 
 
+class Checkpoint(Body):
+    attempt: Attempt
+    step: Step
+    blob: Annotated[str, Field(max_length=300)]
+    sha256: Sha256
+
+
 class Progress(Body):
+    attempt: Attempt
     steps_done: Step
     rows_per_s: float = Field(ge=0, le=1e12, allow_inf_nan=False)
+
+
+class StepAudit(Body):
+    """What an attack on the steps of a run came to: `cloister.privacy.auditing.MechanismAudit`."""
+
+    epsilon_lower_bound: float = Field(ge=0, le=1e6, allow_inf_nan=False)
+    noise_multiplier_at_most: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)] | None
+    sample_rate_at_least: float = Field(ge=0, le=1, allow_inf_nan=False)
+    poisson: bool
+    observations: Size
+    confidence: float = Field(gt=0.5, lt=1, allow_inf_nan=False)
+
+
+class ModelAudit(Body):
+    """What was guessed from a model about its canaries: `cloister.privacy.auditing.Guesses`."""
+
+    canaries: Canaries
+    guesses: Canaries
+    correct: Canaries
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Self:
+        if not self.correct <= self.guesses <= self.canaries:
+            raise ValueError("more guesses than canaries, or more that are correct than guesses")
+        return self
+
+
+class Audit(Body):
+    mechanism: StepAudit
+    one_run: ModelAudit
 
 
 class TrainedModel(Body):
@@ -208,10 +260,7 @@ class TrainedModel(Body):
     blob: Annotated[str, Field(max_length=300)]
     blob_sha256: Sha256
     holdout_accuracy: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-
-
-class Failure(Body):
-    error: Annotated[dict[ErrorName, ErrorText], Field(max_length=16)]
+    audit: Audit
 
 
 class Vote(Body):

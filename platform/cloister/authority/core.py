@@ -23,6 +23,7 @@ from sqlalchemy import Connection
 from cloister.audit.event import ActorKind, Event, Outcome, utc_text
 from cloister.authority.journal import Head, Journal
 from cloister.authority.key_use import KeyUse
+from cloister.authority.ledger_log import LedgerLog
 from cloister.authority.pseudonyms import pseudonym_of, source_of
 from cloister.authority.rules import Rules
 from cloister.errors import (
@@ -80,7 +81,7 @@ LASTING = frozenset({
     "key:rotate", "approval:vote",
 })  # fmt: skip
 # What an older state would undo, so that it is known for an old one from then on, as when keys leave.
-ANCHORED = frozenset({"identity:revoke", "identity:change", "identity:shred", "token-key:rotate"})
+ANCHORED = frozenset({"identity:revoke", "identity:change", "identity:shred", "token-key:rotate", "budget:set"})
 PLATFORM = Resource(type="Platform", name="platform")
 ITSELF = Caller(name="authority", roles=frozenset(), kind="authority")
 
@@ -96,6 +97,7 @@ class Core:
         self._service = keys
         self.journal = journal
         self.rules = Rules()
+        self.ledger_log = LedgerLog()
         self.clock = clock
         self._anchoring = threading.Lock()
         self._anchored = 0
@@ -198,6 +200,7 @@ class Core:
     def _record_end(self, act: Action, error: Exception) -> None:
         if isinstance(error, UnavailableError) and not isinstance(error, KeyServiceError):
             return  # nothing happened, and it cannot be written down either: the database is what failed
+        act.details.pop("ledger", None)  # its change was undone
         denied = isinstance(error, PermissionDeniedError | AuthenticationError)
         self._record(act, "denied" if denied else "failure", reason=type(error).__name__)
 
@@ -293,6 +296,12 @@ class Action:
         if self._keys is None:
             raise PermissionDeniedError(f"{self.action} leaves no entry", "report this: it is a fault in Cloister")
         return self._keys
+
+    @property
+    def ledger_log(self) -> LedgerLog:
+        """What the log tells of ledgers, up to now."""
+        self._core.ledger_log.catch_up(self.connection)
+        return self._core.ledger_log
 
     def permits(self, resource: Resource) -> bool:
         """Whether the caller may do this to one of many: for leaving out of a list what they may not see."""

@@ -30,10 +30,10 @@ from sqlalchemy import (
 )
 
 from cloister.authority.core import ITSELF, PLATFORM, Action, Caller, Core
-from cloister.authority.key_use import MODELS, dataset_key, key_context, model_key_context
+from cloister.authority.key_use import LEDGER, MODELS, dataset_key, key_context, ledger_context, model_key_context
 from cloister.errors import IntegrityError, NotFoundError
 from cloister.stores.keys import version_of
-from cloister.stores.tables import data_keys, key_destructions, models, runs
+from cloister.stores.tables import data_keys, key_destructions, ledger_seals, models, runs
 
 BATCH = 1000  # rows a statement
 DATASET = "dataset/"
@@ -76,6 +76,8 @@ class Custody:
         """Wrap every key of the state that is under the named key under its newest version. Returns how many."""
         if name == MODELS:
             return _rewrap_models(act)
+        if name == LEDGER:
+            return _rewrap_seals(act)
         return _rewrap_data_keys(act, name.removeprefix(DATASET)) if name.startswith(DATASET) else 0
 
     def shred(self, act: Action, dataset: str) -> int:
@@ -128,8 +130,9 @@ class Custody:
 
 def _counts(connection: Connection) -> dict[str, int]:
     rows = connection.execute(select(data_keys.c.name, func.count()).group_by(data_keys.c.name)).all()
-    counted = [connection.execute(select(func.count()).select_from(table)).scalar_one() for table in (runs, models)]
-    return {dataset_key(name): count for name, count in rows} | {MODELS: sum(counted)}
+    tables = (runs, models, ledger_seals)
+    counted = [connection.execute(select(func.count()).select_from(table)).scalar_one() for table in tables]
+    return {dataset_key(name): count for name, count in rows} | {MODELS: sum(counted[:2]), LEDGER: counted[2]}
 
 
 def _rewrap_data_keys(act: Action, dataset: str) -> int:
@@ -150,6 +153,15 @@ def _rewrap_data_keys(act: Action, dataset: str) -> int:
         act.connection.execute(insert(data_keys).returning(data_keys.c.file), values)
         count += len(rows)
     return count
+
+
+def _rewrap_seals(act: Action) -> int:
+    rows = act.connection.execute(select(ledger_seals).where(ledger_seals.c.seal != b"")).all()
+    wrapped = [(row.seal, ledger_context(row.dataset, row.counter)) for row in rows]
+    for row, again in zip(rows, act.keys.rewrap(LEDGER, wrapped), strict=True):
+        mine = ledger_seals.c.dataset == row.dataset
+        act.connection.execute(update(ledger_seals).where(mine).values(seal=again))
+    return len(rows)
 
 
 def _rewrap_models(act: Action) -> int:

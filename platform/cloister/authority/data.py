@@ -10,15 +10,16 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, select
 
-from cloister.authority import resources
+from cloister.authority import ledger_seals, resources
 from cloister.authority.approvals import Approvals
 from cloister.authority.core import Action, Caller, Core
-from cloister.authority.ledger import budget_state, charged_so_far, has_budget
+from cloister.authority.ledger import budget_state, change_budget, charged_so_far, has_budget, spending
+from cloister.datasets.schema import DatasetSchema, Unit
 from cloister.errors import BudgetError, ConflictError, InputError, NotFoundError
 from cloister.stores.blobs import Stores
-from cloister.stores.tables import budgets, data_keys, datasets, models, runs
+from cloister.stores.tables import data_keys, datasets, models, runs
 
 BATCH = 5_000  # databases take about 32,000 parameters in one statement
 _SHORT = [column for column in datasets.c if column.name not in ("manifest", "envelope", "owner_key")]
@@ -80,39 +81,41 @@ class Datasets:
                     f"{name} has spent or holds epsilon {charged[0]:.3f} already",
                     "a budget cannot be below what is spent",
                 )
-            before = budget_state(act.connection, name)
+            before, approval = budget_state(act.connection, name), None
             # A budget of nothing is one too: what a rollback left of it.
             if has_budget(act.connection, name) and (epsilon > before["epsilon"] or delta > before["delta"]):
-                self._approve_raise(act, last, before, epsilon, delta)
-            changed = act.connection.execute(
-                update(budgets).where(budgets.c.dataset == name).values(epsilon=epsilon, delta=delta)
-            )
-            if not changed.rowcount:
-                act.connection.execute(insert(budgets).values(dataset=name, epsilon=epsilon, delta=delta))
+                approval = self._approve_raise(act, last, before, epsilon, delta)
+            with ledger_seals.changing(act, name):
+                change_budget(act.connection, name, epsilon, delta, caller.name, approval, self._core.clock())
             return budget_state(act.connection, name)
 
-    def _approve_raise(self, act: Action, row: Any, before: dict[str, Any], epsilon: float, delta: float) -> None:
+    def _approve_raise(self, act: Action, row: Any, before: dict[str, Any], epsilon: float, delta: float) -> str | None:
         if not self._approvals.required.budget:
-            return
+            return None
         details = {
             "dataset": row.name, "epsilon": [before["epsilon"], epsilon], "delta": [before["delta"], delta],
         }  # fmt: skip
         next_step = f"set it again: cloister budget set {row.name}"
-        self._approvals.demand(act, "budget", f"budget of {row.name}", details, owner=row.owner, next_step=next_step)
+        approval, _ = self._approvals.demand(
+            act, "budget", f"budget of {row.name}", details, owner=row.owner, next_step=next_step
+        )
+        return approval
 
     def budget(self, caller: Caller, name: str) -> dict[str, Any]:
-        """The budget, what is left of it, and who spent it."""
+        """The budget, what is left of it, whom it protects, how it came to be, and who spent it on what."""
         with self._core.reading(caller, "dataset:read") as act:
             last = latest(act.connection, name)
             act.allow(resources.dataset(act.connection, last) if last else resources.new_dataset(name, ""))
             if last is None:
                 raise NotFoundError(f"there is no dataset {name}", "list them: cloister data list")
-            rows = act.connection.execute(select(runs).where(runs.c.dataset == name).order_by(runs.c.created)).all()
-            history = [
-                {"run": row.id, "author": row.author, "state": row.state, "epsilon": row.epsilon_charged}
-                for row in rows
-            ]
-            return budget_state(act.connection, name) | {"history": history}
+            unit = unit_of(DatasetSchema.from_mapping(last.schema))
+            return budget_state(act.connection, name) | {"unit": unit} | spending(act.connection, name)
+
+
+def unit_of(schema: DatasetSchema) -> dict[str, Any]:
+    """Whose privacy epsilon is about: `column` is null where it is each row's."""
+    column = schema.unit.column if isinstance(schema.unit, Unit) else None
+    return {"column": column, "max_rows": schema.rows_per_unit}
 
 
 def keys_of(connection: Connection, name: str, refs: Iterable[str]) -> list[Any]:

@@ -1,9 +1,10 @@
 """Whether everything on the authority's machine fits together: log, database, keys, manifests, blobs, certificates.
 
 Guarantees: what is wrong is named, each thing by itself, and one broken part does not hide the others; every data key
-and model key is opened under its context (and not kept), every stored file is compared with its digest, once; nothing
-is changed but by `repair`, which is on record, removes only what no version and no model lists, and finishes what
-earlier erasures have left to do. Memory grows with the number of files, not with their sizes.
+and model key is opened under its context (and not kept), every ledger is compared with its seal and with what the log
+says of it, every stored file with its digest, once; nothing is changed but by `repair`, which is on record, removes
+only what no version and no model lists, and finishes what earlier erasures have left to do. Memory grows with the
+number of files, not with their sizes.
 
 Not guaranteed: that a blob decrypts (its digest is the one that its owner signed); that the log is the only one: ask
 its witnesses.
@@ -26,10 +27,12 @@ from sqlalchemy import Connection, select
 
 from cloister.audit.checkpoint import parse_verifier_key
 from cloister.audit.verify import verify_log
+from cloister.authority import ledger_seals
 from cloister.authority.core import PLATFORM, Caller
 from cloister.authority.custody import Custody
 from cloister.authority.journal import LOG_ORIGIN
 from cloister.authority.key_use import MODELS, RELEASE, dataset_key, key_context, model_key_context
+from cloister.authority.ledger_log import LedgerLog
 from cloister.authority.log import read_export
 from cloister.authority.maintenance import Parts, Recorded, keyed_refs, manifest_row, recorded_blobs
 from cloister.authority.restore import STAGED
@@ -101,7 +104,7 @@ def check(
         UnavailableError: the database, the key service or a store cannot be had.
     """
     core, report = parts.core(database), Report()
-    _log(parts, database, report)
+    logged = _log(parts, database, report)
     try:
         with core.action(caller, "state:check", quick=quick) as act:  # keys are opened: on record before
             act.allow(PLATFORM)
@@ -111,6 +114,7 @@ def check(
     _database(database, report)
     with database.reading() as connection:
         _keys(parts, connection, report)
+        _ledgers(parts, connection, logged, report)
         _datasets(connection, report)
         _models(parts, connection, report)
         _certificates(parts, connection, report)
@@ -146,14 +150,18 @@ def repair(parts: Parts, database: Database, caller: Caller, report: Report) -> 
 # ---- the log and the database ----
 
 
-def _log(parts: Parts, database: Database, report: Report) -> None:
+def _log(parts: Parts, database: Database, report: Report) -> LedgerLog:
+    """The log is whole; returns what it tells of ledgers."""
+    logged = LedgerLog()
     try:
         exported, entries = read_export(database, parts.verifier_key)
         public = parse_verifier_key(parts.verifier_key)[1]
-        report.checked["log entries"] = verify_log(entries, exported.checkpoints, public, LOG_ORIGIN).size
+        size = verify_log(logged.noting(entries), exported.checkpoints, public, LOG_ORIGIN).size
+        report.checked["log entries"] = size
         parts.core(database).require_anchored()
     except IntegrityError as error:
         report.broken("log", str(error))
+    return logged
 
 
 def _database(database: Database, report: Report) -> None:
@@ -192,6 +200,21 @@ def _keys(parts: Parts, connection: Connection, report: Report) -> None:
     for name in connection.execute(waiting).scalars().all():
         report.unfinished = True
         report.left(f"key {name}", "old versions are to be destroyed, and are not yet")
+
+
+def _ledgers(parts: Parts, connection: Connection, logged: LedgerLog, report: Report) -> None:
+    """Every dataset has its ledger as it was sealed, after the last change that the log tells of."""
+    names = connection.execute(select(datasets.c.name).distinct().order_by(datasets.c.name)).scalars().all()
+    for name in sorted({*names, *logged.last}):
+        report.checked["ledgers"] += 1
+        number, problem = ledger_seals.check(connection, parts.keys, name)
+        last = logged.last.get(name, ledger_seals.UNSEALED)
+        if problem and number == last == ledger_seals.UNSEALED and name in names:
+            report.note(f"ledger of {name}", f"it {problem} yet: the authority makes it when it starts")
+        elif problem:
+            report.broken(f"ledger of {name}", f"it {problem}; no key of {name} leaves for training")
+        elif problem := logged.disagrees(name, number):
+            report.broken(f"ledger of {name}", f"it {problem}")
 
 
 def _open_all(

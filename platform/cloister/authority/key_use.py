@@ -18,6 +18,7 @@ from cloister.signing.keys import P256PublicKey, Signer
 from cloister.stores.keys import KeyService, version_of
 
 MODELS = "models"  # wraps the keys of models
+LEDGER = "ledger"  # wraps the digests of ledgers: their seals
 RELEASE = "release"  # signs models, and what the authority states about them and about erasures
 DETAIL = "key_use"
 _MORE = ", and more"
@@ -36,6 +37,11 @@ def key_context(name: str, sealed_in: int, file: str) -> bytes:
 def model_key_context(run: str) -> bytes:
     """What a wrapped model key is bound to."""
     return canonical_json({"use": "cloister.dev/model-key/v1", "run": run})
+
+
+def ledger_context(dataset: str, number: int) -> bytes:
+    """What the seal over a ledger is bound to: whose it is, and after how many changes."""
+    return canonical_json({"use": "cloister.dev/ledger/v1", "dataset": dataset, "number": number})
 
 
 class KeyUse:

@@ -88,7 +88,10 @@ class Recorded:
 
 
 def recorded_blobs(connection: Connection) -> Iterator[Recorded]:
-    """Every file of a dataset whose key is there, and every model; each path once, one manifest in memory at a time."""
+    """Every file of a dataset whose key is there, every model, and the checkpoints that runs may go on from.
+
+    Each path once; one manifest in memory at a time.
+    """
     for name in connection.execute(select(datasets.c.name).distinct().order_by(datasets.c.name)).scalars().all():
         keyed = keyed_refs(connection, name)
         versions = connection.execute(
@@ -104,6 +107,10 @@ def recorded_blobs(connection: Connection) -> Iterator[Recorded]:
     query = select(models.c.name, models.c.version, models.c.blob, models.c.blob_sha256, runs.c.attributes)
     for row in connection.execute(query.join(runs, runs.c.id == models.c.run)).all():
         yield Recorded(row.attributes["region"], row.blob, row.blob_sha256, f"model {row.name}@{row.version}")
+    for row in connection.execute(select(runs.c.id, runs.c.attributes, runs.c.checkpoint)).all():
+        if row.checkpoint:
+            kept = row.checkpoint
+            yield Recorded(row.attributes["region"], kept["blob"], kept["sha256"], f"the checkpoint of {row.id}")
 
 
 def keyed_refs(connection: Connection, name: str) -> set[str]:

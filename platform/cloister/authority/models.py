@@ -7,17 +7,20 @@ over exactly this model's digest, from distinct people, never its author.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import Connection, func, insert, select, update
 
-from cloister.authority import resources
+from cloister.authority import ledger_seals, resources
 from cloister.authority.approvals import Approvals
+from cloister.authority.certified import privacy_of
 from cloister.authority.core import Action, Caller, Core
+from cloister.authority.costs import accounts, evaluation_epsilon, settle
 from cloister.authority.data import load as load_dataset
 from cloister.authority.key_use import MODELS, RELEASE, model_key_context
-from cloister.authority.runs import evaluation_epsilon, settle
 from cloister.authority.runs import load as load_run
+from cloister.authority.runs import standing
 from cloister.canonical import b64, canonical_json, sha256_hex
 from cloister.datasets.manifest import DatasetManifest
 from cloister.errors import ConflictError, InputError, IntegrityError, NotFoundError
@@ -48,27 +51,29 @@ class Models:
 
     def register(
         self, caller: Caller, run: str, manifest_bytes: bytes, model_sha256: str, blob: str, blob_sha256: str,
-        holdout_accuracy: float,
+        holdout_accuracy: float, audit: Mapping[str, Any],
     ) -> dict[str, Any]:  # fmt: skip
         """Register what a run made as a candidate, and settle the run's charge.
 
-        The accuracy is the one figure that the worker may state; everything else is the authority's own knowledge.
+        The accuracy, and what its audits saw, the worker may state; everything else is the authority's own knowledge.
 
         Raises:
             ConflictError: the run is not training, or it has steps left.
             InputError: the manifest is not about this run, or the blob is not in its folder.
+            IntegrityError: the audits falsify the run's epsilon, or the store has another model.
         """
         with self._core.reading(caller, "run:work") as asked:
             row = load_run(asked.connection, run)
             asked.allow(resources.run(row))
         check_path(blob, below=f"models/{run}/")
+        accounts(row.plan, row.steps_committed)  # takes seconds, and is remembered
         # Before the transaction: however large the file is, it must not hold the database's lock.
         stored = sha256_hex(_store(self._stores, row).get(blob)) if _is_trained(row) else ""
         with self._core.action(caller, "run:work", step="register") as act:
             row = load_run(act.connection, run)
             act.allow(resources.run(row))
             if not _is_trained(row):
-                raise ConflictError(f"{run} is {row.state} after {row.steps_committed} steps", "submit a new run")
+                raise ConflictError(f"{run} is {row.state} after {row.position} steps", "submit a new run")
             manifest, spec = ModelManifest.from_bytes(manifest_bytes), TrainingSpec.parse(row.spec)
             about = (manifest.run, manifest.dataset, manifest.name, manifest.label)
             if about != (run, spec.dataset, spec.model_name, spec.label):
@@ -87,7 +92,7 @@ class Models:
                 "holdout_rows": self._holdout_rows(act.connection, row),
                 "evaluation_epsilon": evaluation_epsilon(row.plan),
             }
-            provenance = _provenance(act, row, name, root, epsilon, metrics)
+            provenance = _provenance(act, row, name, root, metrics, privacy_of(row, audit))
             act.details.update(model=f"{name}@{version}", root=root, epsilon_charged=epsilon)
             act.connection.execute(
                 insert(models).values(
@@ -109,14 +114,15 @@ class Models:
                     created=self._core.clock(),
                 )
             )
-            act.connection.execute(
-                update(runs)
-                .where(runs.c.id == run)
-                .values(
-                    state="finished", steps_done=row.steps_committed, ended=self._core.clock(),
-                    epsilon_charged=epsilon, delta_charged=delta,
-                )
-            )  # fmt: skip
+            with ledger_seals.changing(act, row.dataset):
+                act.connection.execute(
+                    update(runs)
+                    .where(runs.c.id == run)
+                    .values(
+                        state="finished", steps_done=row.position, ended=self._core.clock(), world_size=0,
+                        checkpoint=None, epsilon_charged=epsilon, delta_charged=delta, settled=True,
+                    )
+                )  # fmt: skip
         return {"model": f"{name}@{version}", "root_digest": root}
 
     def _holdout_rows(self, connection: Connection, run: Any) -> int:
@@ -213,7 +219,7 @@ def _store(stores: Stores, run: Any) -> Blobs:
 
 
 def _is_trained(run: Any) -> bool:
-    return bool(run.state == "training" and run.steps_committed == run.plan["steps"])
+    return bool(standing(run) == "training" and run.world_size and run.position == run.plan["steps"])
 
 
 def _refuse(act: Action, request: Any) -> None:
@@ -250,7 +256,7 @@ def production(connection: Connection, name: str) -> Any:
 
 
 def _provenance(
-    act: Action, run: Any, name: str, root: str, epsilon: float, metrics: dict[str, float]
+    act: Action, run: Any, name: str, root: str, metrics: dict[str, float], privacy: dict[str, Any]
 ) -> dict[str, Any]:
     dataset = load_dataset(act.connection, run.dataset, run.version)
     predicate = {
@@ -259,7 +265,7 @@ def _provenance(
         "dataset": {"name": f"{run.dataset}@{run.version}", "digest": dataset.manifest_digest},
         "spec": run.spec,
         "code_digest": run.code_digest,
-        "privacy": {"epsilon": epsilon, "delta": run.plan["delta"], "plan": run.plan},
+        "privacy": privacy,
         "metrics": metrics,
         "assurance": "L0",
     }

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from sqlalchemy import Connection, insert, select
 
-from cloister.authority import resources
+from cloister.authority import ledger_seals, resources
 from cloister.authority.core import Action, Caller, Core, Resource
 from cloister.authority.data import keys_of, latest, live_versions, load, require_live
 from cloister.authority.identity import signing_key
@@ -195,6 +195,8 @@ class Registration:
             keys = self._open_keys(manifest, sealed_keys)  # 4
             self._insert(act, read, envelope, schema, before)  # 5
             self._wrap(act, manifest, keys)
+            if last is None:
+                ledger_seals.begin(act, manifest.name)
             erasure = self._lifecycle.replace(act, manifest, before, set(ends), reason) if ends else None
         done = {"dataset": f"{manifest.name}@{manifest.version}", "digest": manifest.digest}
         return done | (self._shredding.finished(act, erasure) if erasure else {})  # 6

@@ -31,12 +31,13 @@ from sqlalchemy.exc import DBAPIError
 
 from cloister.audit.checkpoint import parse_verifier_key
 from cloister.audit.verify import verify_log
-from cloister.authority import backup
+from cloister.authority import backup, ledger_seals, resources
 from cloister.authority.backup import Header, Progress
-from cloister.authority.core import PLATFORM, Caller, Core
+from cloister.authority.core import PLATFORM, Action, Caller, Core
+from cloister.authority.data import latest
 from cloister.authority.journal import LOG_ORIGIN, Head
 from cloister.authority.key_use import MODELS, dataset_key
-from cloister.authority.ledger import charged_so_far
+from cloister.authority.ledger import change_budget, charged_so_far
 from cloister.authority.log import read_export
 from cloister.authority.maintenance import Parts, local_caller, manifest_row, recorded_blobs
 from cloister.errors import CloisterError, ConflictError, IntegrityError, NotFoundError, UnavailableError
@@ -47,7 +48,6 @@ from cloister.stores.dump import dump, load
 from cloister.stores.keys import version_of
 from cloister.stores.tables import (
     approvals,
-    budgets,
     data_keys,
     datasets,
     elevations,
@@ -230,16 +230,19 @@ def _settle(
         connection = act.connection
         ended = _end_noise(parts, connection, header.id, now)
         failed = connection.execute(
-            update(runs).where(runs.c.state.not_in(_ENDED)).values(state="failed", error=_RUN_ERROR, ended=now)
-        ).rowcount
+            update(runs).where(runs.c.state.not_in(_ENDED))
+            .values(state="failed", error=_RUN_ERROR, ended=now, world_size=0)
+        ).rowcount  # fmt: skip
         connection.execute(update(approvals).where(approvals.c.state == "open").values(state="void"))
         _end_sessions(connection, now)
-        if forgotten:
-            _freeze_budgets(connection)
         act.details.update(ended=",".join(ended)[:512], runs_ended=failed)
-    if act.head is None:
-        raise IntegrityError("the restore left no record", "report this: it is a fault in Cloister")
-    return {"ended": ended, "runs_ended": failed}, act.head
+    with core.database.reading() as connection:
+        names = connection.execute(select(datasets.c.name).distinct().order_by(datasets.c.name)).scalars().all()
+    for name in names:
+        with core.of_itself("ledger:seal") as act:
+            _close_ledger(core, act, name, freeze=caller.name if forgotten else None)
+    with core.database.reading() as connection:
+        return {"ended": ended, "runs_ended": failed}, parts.journal.head(connection)
 
 
 def _end_noise(parts: Parts, connection: Connection, restored: str, now: float) -> list[str]:
@@ -309,12 +312,23 @@ def _end_sessions(connection: Connection, now: float) -> None:
     )
 
 
-def _freeze_budgets(connection: Connection) -> None:
-    """No dataset has anything left: what was spent since is not known. To raise a budget takes approval."""
-    for name in connection.execute(select(datasets.c.name).distinct()).scalars().all():
-        epsilon, delta = charged_so_far(connection, name)
-        connection.execute(delete(budgets).where(budgets.c.dataset == name))
-        connection.execute(insert(budgets).values(dataset=name, epsilon=epsilon, delta=delta))
+def _close_ledger(core: Core, act: Action, name: str, *, freeze: str | None) -> None:
+    """No run on a dataset gives anything back any more: what it did since is not known.
+
+    With `freeze`, the name of who answers for it, the dataset has nothing left either; to raise its budget takes
+    approval. A ledger that is not as it was sealed stays so: nothing is trained on it, and `cloister fsck` names it.
+    """
+    connection = act.connection
+    mine = (runs.c.dataset == name) & runs.c.settled.is_(False)
+    if freeze is None and connection.execute(select(runs.c.id).where(mine)).first() is None:
+        return
+    act.resource = resources.dataset(connection, latest(connection, name))
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(IntegrityError):
+            stack.enter_context(ledger_seals.changing(act, name))
+        connection.execute(update(runs).where(mine).values(settled=True))
+        if freeze:
+            change_budget(connection, name, *charged_so_far(connection, name), freeze, None, core.clock())
 
 
 # ---- 5: blobs ----

@@ -13,12 +13,15 @@ from pathlib import Path
 from nacl.signing import SigningKey
 
 from cloister.audit.checkpoint import verifier_key_text
+from cloister.authority import ledger_seals
 from cloister.authority.access import Access
 from cloister.authority.approvals import Approvals, Required
+from cloister.authority.attempts import Attempts
 from cloister.authority.core import ITSELF, PLATFORM, Core
 from cloister.authority.custody import Custody
 from cloister.authority.data import Datasets
 from cloister.authority.endpoints import Endpoints
+from cloister.authority.ends import Ends
 from cloister.authority.federation import Federation
 from cloister.authority.identity import Identities
 from cloister.authority.journal import LOG_ORIGIN, Journal
@@ -90,6 +93,7 @@ class Authority:
         self.core.require_anchored()
         self.custody = Custody(self.core)
         self.custody.finish()
+        ledger_seals.adopt(self.core)
         verifier_key = verifier_key_text(LOG_ORIGIN, bytes(log_key.verify_key))
         opened = [witness.open(verifier_key) for witness in witnesses]
         self.log = Log(self.core, verifier_key, [key for key, _ in opened])
@@ -106,7 +110,9 @@ class Authority:
         self.lifecycle = Lifecycle(self.core, self.approvals, self.custody, self.shredding)
         self.registration = Registration(self.core, receiving, self.stores, self.lifecycle, self.shredding)
         self.retention = Retention(self.lifecycle, self.shredding, retention_check_s)
-        self.runs = Runs(self.core, self.approvals, self.stores)
+        self.runs = Runs(self.core, self.approvals)
+        self.attempts = Attempts(self.core, self.stores)
+        self.ends = Ends(self.core, self.runs)
         self.models = Models(self.core, self.approvals, self.stores)
         self.endpoints = Endpoints(self.core, self.sessions, self.models, endpoint_ca_key, self.endpoint_ca)
 

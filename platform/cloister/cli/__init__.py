@@ -9,7 +9,7 @@ import sys
 import click
 
 from cloister.cli import output
-from cloister.errors import CloisterError, UnavailableError
+from cloister.errors import CloisterError, InputError, UnavailableError
 
 # name: (module, one line of help). The help is here so that `cloister --help` imports nothing.
 COMMANDS = {
@@ -25,7 +25,7 @@ COMMANDS = {
     "node": ("access", "Register the machines that data is opened on."),
     "key": ("key", "List, rotate and destroy keys."),
     "data": ("data", "Seal, list, show, verify and erase datasets."),
-    "budget": ("data", "Set and show a dataset's privacy budget."),
+    "budget": ("budget", "Set and show a dataset's privacy budget."),
     "train": ("train", "Plan, submit and watch training runs."),
     "approvals": ("approvals", "List and show what waits for approval."),
     "approve": ("approvals", "Approve a request, signed with your own key."),
@@ -77,8 +77,13 @@ def main() -> None:
     except CloisterError as error:
         output.error(error, as_json=as_json)
         sys.exit(1)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
+        sys.exit(2)
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "cloister"
+        output.error(InputError(error.format_message().removesuffix("."), f"{command} --help"), as_json=as_json)
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)

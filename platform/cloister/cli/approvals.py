@@ -30,14 +30,26 @@ def list_(context: Context) -> None:
             r["approval"],
             r["kind"],
             r["subject"],
+            _epsilon(r["details"]),
             r["requested_by"],
             f"{r['approved']} of {r['required']}",
             _left(r["expires"]),
         )
         for r in rows
     ]
-    headings = ("approval", "kind", "subject", "author", "approved", "expires in")
+    headings = ("approval", "kind", "subject", "epsilon", "author", "approved", "expires in")
     output.table(headings, cells, empty="Nothing waits for approval.")
+
+
+def _epsilon(details: dict[str, Any]) -> str | None:
+    """What a request would cost, or how large a budget would become; None where epsilon is no part of it."""
+    epsilon = details.get("epsilon")
+    if isinstance(epsilon, list):
+        return " → ".join(f"{each:g}" for each in epsilon)
+    if epsilon is None:
+        return None
+    most = details.get("epsilon_at_most", epsilon)
+    return f"{epsilon:g}" + (f", at most {most:.4g}" if most > epsilon else "")
 
 
 @approvals.command()

@@ -1,9 +1,8 @@
-"""`cloister data` and `cloister budget`."""
+"""`cloister data`."""
 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,6 @@ from cloister.cli import output
 from cloister.cli.context import NAME, Context, common
 from cloister.cli.inspect import inspect
 from cloister.cli.lifecycle import certificate, erase, expire, list_, rectify, show
-from cloister.errors import InputError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -146,40 +144,3 @@ def verify(context: Context, dataset: str) -> None:
         output.value(shown)
     else:
         output.say(f"{shown['dataset']} is whole: {shown['files']} files are as they were sealed.")
-
-
-@click.group()
-def budget() -> None:
-    """Set and show a dataset's privacy budget."""
-
-
-@budget.command(name="set")
-@click.argument("dataset", type=NAME)
-@click.option("--epsilon", type=float, required=True, help="Total over all runs, at most 100.")
-@click.option("--delta", type=float, required=True, help="Total over all runs, below 0.01.")
-@common
-def set_(context: Context, dataset: str, epsilon: float, delta: float) -> None:
-    """Set the total that all runs on DATASET (all versions) may spend."""
-    if not (math.isfinite(epsilon) and math.isfinite(delta)):
-        raise InputError("epsilon and delta are numbers", "such as --epsilon 6 --delta 2e-5")
-    shown = context.client().put(f"/v1/datasets/{dataset}/budget", {"epsilon": epsilon, "delta": delta})
-    _show_budget(context, shown)
-
-
-@budget.command(name="show")
-@click.argument("dataset", type=NAME)
-@common
-def show_budget(context: Context, dataset: str) -> None:
-    """Show the budget, what is left, and who spent it."""
-    _show_budget(context, context.client().get(f"/v1/datasets/{dataset}/budget"))
-
-
-def _show_budget(context: Context, shown: dict[str, Any]) -> None:
-    if context.json:
-        output.value(shown)
-        return
-    output.say(f"{shown['dataset']}: epsilon {shown['epsilon_left']:.3f} of {shown['epsilon']:g} left, "
-               f"delta {shown['delta_left']:g} of {shown['delta']:g}.")  # fmt: skip
-    if "history" in shown:
-        cells = [(h["run"], h["author"], h["state"], h["epsilon"]) for h in shown["history"]]
-        output.table(("run", "author", "state", "epsilon"), cells, empty="Nobody has spent any of it.")

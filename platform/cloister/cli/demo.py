@@ -18,6 +18,7 @@ from typing import Any
 import click
 
 from cloister.cli import output
+from cloister.cli.model import made_from
 from cloister.errors import CloisterError, NotFoundError, UnavailableError, from_dict
 from cloister.ports import reserved_ports
 
@@ -192,6 +193,11 @@ def _tell(story: Story) -> None:
     facts["model"] = story.run("ed", "model", "list")[0]
     story.run("ed", "model", "verify", "adult@1")
     output.say(f"    accuracy {facts['model']['metrics']['holdout_accuracy']:.4f} on rows it never saw")
+    proven = made_from(story.run("ed", "model", "show", "adult@1"))["privacy"]
+    output.say(
+        f"    attacked before and after: {proven['audit']['verdict']}; the steps show epsilon "
+        f"{proven['audit']['mechanism']['epsilon_lower_bound']:.2f} at least, of {proven['epsilon']:.2f}"
+    )
 
     story.chapter("7  Release: not without somebody else")
     story.refused("promotion without an approval", 403, "ed", "model", "promote", "adult@1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -43,16 +44,12 @@ def list_(context: Context) -> None:
 @common
 def show(context: Context, name: str) -> None:
     """Show where a model comes from and who approved it."""
-    import json
-
-    from cloister.canonical import unb64
-
     wanted, version = _reference(name)
     shown = context.client().get(f"/v1/models/{wanted}/versions/{version}")
     if context.json:
         output.value(shown)
         return
-    made = json.loads(unb64(shown["provenance"]["payload"]))["predicate"]
+    made = made_from(shown)
     metrics = shown["metrics"]
     output.facts({
         "model": shown["model"], "stage": shown["stage"], "author": shown["author"], "run": shown["run"],
@@ -61,13 +58,44 @@ def show(context: Context, name: str) -> None:
                    f"for a unit of at most {made['privacy']['plan'].get('rows_per_unit', 1):,} row(s)",
         "accuracy": f"{metrics['holdout_accuracy']:.4f} on {metrics['holdout_rows']:.0f} holdout rows "
                     f"(itself epsilon {metrics['evaluation_epsilon']:g})",
+        **_proof(made["privacy"], made["spec"]["privacy"].get("engine", "bookkeeping")),
         "code": made["code_digest"], "root digest": shown["root_digest"], "assurance": made["assurance"],
     })  # fmt: skip
+    for assumption in made["privacy"].get("assumptions", ()):
+        output.say(f"Assumed: {assumption}")
     for flag in shown["flags"]:
         where = f"what that means: cloister data certificate {flag}"
         if not flag.startswith("ers-"):
             where = f"its erasure was forgotten when the backup {flag} was restored"
         output.say(f"It learned from data that is gone since; {where}")
+
+
+def made_from(shown: dict[str, Any]) -> dict[str, Any]:
+    """What a model's provenance says, unverified: `cloister model verify` checks it."""
+    import json
+
+    from cloister.canonical import unb64
+
+    predicate: dict[str, Any] = json.loads(unb64(shown["provenance"]["payload"]))["predicate"]
+    return predicate
+
+
+def _proof(privacy: dict[str, Any], engine: str) -> dict[str, str]:
+    """How its epsilon was computed and attacked; nothing of models of before that was told."""
+    if "audit" not in privacy:
+        return {}
+    accounts, audit = privacy["accountants"], privacy["audit"]
+    step, run = audit["mechanism"], audit["one_run"]
+    return {
+        "engine": engine,
+        "accountants": f"PRV {accounts['prv']:.4f}, PLD {accounts['pld']:.4f}; the larger counts",
+        "audit": f"{audit['verdict']}",
+        "  of the steps": f"an attack shows epsilon {step['epsilon_lower_bound']:.4f} at least, {step['ratio']:.0%} of "
+                          f"what the plan says ({100 * step['confidence']:g} % sure)",
+        "  of the model": f"an attack shows epsilon {run['epsilon_lower_bound']:.4f} at least; it could have shown "
+                          f"{run['epsilon_detectable']:.4f} ({run['correct']} of {run['guesses']} guesses about "
+                          f"{run['canaries']} canaries, {100 * run['confidence']:g} % sure)",
+    }  # fmt: skip
 
 
 @model.command()

@@ -78,6 +78,14 @@ def progress(title: str) -> Iterator[Callable[..., None]]:
         yield advance
 
 
+def unit(protected: Mapping[str, Any]) -> str:
+    """Whose presence in the data epsilon hides."""
+    if protected["column"] is None:
+        return "one row"
+    rows = "one row" if protected["max_rows"] == 1 else f"at most {protected['max_rows']:,} rows"
+    return f"one {protected['column']} with {rows}"
+
+
 def _text(cell: Any) -> str:
     if cell is None:
         return "-"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ import click
 
 from cloister.cli import output
 from cloister.cli.context import NAME, Context, authority_address, common
-from cloister.errors import NotFoundError, UnavailableError, from_dict
+from cloister.errors import CloisterError, ConflictError, NotFoundError, UnavailableError, from_dict
 from cloister.process import Daemon
 from cloister.stores.home import Home
 from cloister.training.run import ENDED, RunFolder
@@ -50,11 +51,12 @@ def plan(context: Context, spec: Path) -> None:
         "dataset": f"{shown['spec']['dataset']}, {p['rows']:,} training rows, {shown['holdout_rows']:,} holdout rows",
         "columns": shown["columns"],
         "epsilon": f"{p['epsilon']:g} (certified {p['epsilon_certified']:.4f}) at delta {p['delta']:g}",
+        "if workers die": f"at most epsilon {p['epsilon_at_most']:.4f}, for up to {p['redo_steps']:,} steps again",
         "protects": _unit(shown["unit"]),
         "noise multiplier": p["noise_multiplier"],
         "steps": f"{p['steps']} at sample rate {p['sample_rate']:.5f}, clipping norm {p['max_grad_norm']:g}",
         "budget": f"epsilon {shown['budget_before']:.3f} before, {shown['budget_after']:.3f} after",
-        "verdict": "the budget pays for it" if shown["affordable"] else "the budget does not pay for it",
+        "verdict": _verdict(shown),
         "approvals": approvals,
     })  # fmt: skip
     output.say("No data was touched." + (f" Next: cloister train submit {spec}" if shown["affordable"] else ""))
@@ -74,17 +76,19 @@ def submit(context: Context, spec: Path, jobs: Path | None, hold: bool, follow: 
     folder_of_jobs = find_jobs(jobs)
     client = context.client()
     run_key = keys.generate_ed25519()
-    body = {
-        "spec": _read_spec(spec),
-        "code_digest": code_digest(folder_of_jobs),
-        "public_key": keys.public_to_pem(run_key.public_key()).decode(),
-    }
-    shown = client.post("/v1/runs", body)
-    try:
-        daemon = _start(context, shown, folder_of_jobs, keys.private_to_pem(run_key), hold=hold)
-    except BaseException:
-        client.post(f"/v1/runs/{shown['run']}/stop")  # or its epsilon would be held for ever
-        raise
+    public_pem = keys.public_to_pem(run_key.public_key())
+    asked = _read_spec(spec)
+    body = {"spec": asked, "code_digest": code_digest(folder_of_jobs), "public_key": public_pem.decode()}
+    folder = _folder(context, keys.run_name(public_pem), asked, folder_of_jobs)
+    # Before there is a run: only with its key can it say that it has ended, and give back what is held for it.
+    folder.write(keys.private_to_pem(run_key))
+    with folder.turn():
+        try:
+            shown = client.post("/v1/runs", body)
+        except CloisterError as error:
+            _not_submitted(folder, error)
+            raise
+        daemon = _start(folder, hold=hold, hint="submit it again")
     if hold:
         with output.progress("starting the cluster"):
             status = daemon.wait_ready(CLUSTER_TIMEOUT_S, what="the cluster of the run")
@@ -101,24 +105,45 @@ def submit(context: Context, spec: Path, jobs: Path | None, hold: bool, follow: 
         output.say(f"Next: cloister train watch {shown['run']}")
 
 
-def _start(context: Context, shown: dict[str, Any], jobs: Path, run_key: bytes, *, hold: bool) -> Daemon:
-    """Write the run's folder and start its supervisor."""
+def _folder(context: Context, run: str, spec: dict[str, Any], jobs: Path) -> RunFolder:
     url, ca = authority_address(context.home)
-    resources = shown["spec"]["resources"]
-    folder = RunFolder(
-        directory=context.home.runs / shown["run"],
-        run=shown["run"],
+    resources = spec["resources"]
+    return RunFolder(
+        directory=context.home.runs / run,
+        run=run,
         workers=resources["workers"],
+        min_workers=resources.get("min_workers", resources["workers"]),
+        retries=spec["training"]["retries"],
         gpus_per_worker=resources.get("gpus_per_worker", 0),
         authority_url=url,
         authority_ca=str(ca),
         jobs=str(jobs),
         node=str(context.home.node),
     )
-    folder.write(run_key)
+
+
+def _not_submitted(folder: RunFolder, error: CloisterError) -> None:
+    """Forget a run that was refused. Where nobody knows, end it if it is there, and keep its key: it may still come."""
+    if error.status < 500:
+        shutil.rmtree(folder.directory)
+    else:
+        _end_unstarted(folder, "submit it again")
+
+
+def _start(folder: RunFolder, *, hint: str, hold: bool = False) -> Daemon:
+    """Start the run's supervisor; if that fails, say that the run has ended."""
     daemon = Daemon(folder.directory / "driver")
-    daemon.start("cloister.training.driver", [str(folder.directory), *(["--hold"] if hold else [])])
+    try:
+        daemon.start("cloister.training.driver", [str(folder.directory), *(["--hold"] if hold else [])])
+    except BaseException:
+        _end_unstarted(folder, hint)
+        raise
     return daemon
+
+
+def _end_unstarted(folder: RunFolder, hint: str) -> None:
+    with contextlib.suppress(CloisterError):
+        folder.end(UnavailableError("the run was not started", hint))
 
 
 def _unit(unit: dict[str, Any]) -> str:
@@ -173,12 +198,15 @@ def follow_run(context: Context, run: str) -> dict[str, Any]:
         output.say(f"{run} goes on. Watch it: cloister train watch {run}   Stop it: cloister train stop {run}")
         raise
     _wait_until_gone(context, run)
+    if not shown["settled"]:  # it says that it has ended when its cluster is gone
+        settle_orphan(context.home, run)
+        shown = context.client().get(f"/v1/runs/{run}")
     if context.json:
         output.value(shown)
     if shown["state"] == "failed":
         raise from_dict(shown["error"] or {})
     if not context.json:
-        output.say(f"{run} {shown['state']} after {shown['steps_committed']} of {shown['steps']} steps; "
+        output.say(f"{run} {shown['state']} after {_steps(shown)}; "
                    f"epsilon {shown['epsilon_charged']:.4f} is charged. Its cluster is gone.")  # fmt: skip
         if shown["state"] == "finished":
             output.say("Next: cloister model list")
@@ -188,12 +216,18 @@ def follow_run(context: Context, run: str) -> dict[str, Any]:
 def _follow(context: Context, run: str) -> dict[str, Any]:
     client = context.client()
     shown: dict[str, Any] = client.get(f"/v1/runs/{run}")
-    said = 0.0
+    said, attempt = 0.0, shown["attempt"]
     with output.progress(run) as advance:
         while shown["state"] not in ENDED:
             settle_orphan(context.home, run)
             speed = f"{shown['rows_per_s']:,.0f} rows/s" if shown["rows_per_s"] else shown["state"]
             note = f"step {shown['steps_done']}/{shown['steps']}  epsilon {shown['epsilon_spent']:.2f}  {speed}"
+            if shown["attempt"] > max(attempt, 1) and not context.json:
+                output.say(f"The attempt died. Attempt {shown['attempt']} goes on from step {shown['resumed_from']}; "
+                           "what is run again costs epsilon again.")  # fmt: skip
+            attempt = shown["attempt"]
+            if attempt > 1:
+                note += f"  attempt {attempt}, resumed at step {shown['resumed_from']}"
             if shown["state"] == "submitted":
                 note = "the cluster starts"
             advance(shown["steps_done"], shown["steps"], note)
@@ -205,19 +239,56 @@ def _follow(context: Context, run: str) -> dict[str, Any]:
     return shown
 
 
-def settle_orphan(home: Home, run: str) -> bool:
-    """End a run of this machine whose supervisor died without a word, so that its ledger settles. True if it did."""
-    from cloister.process import describe
+def _verdict(shown: dict[str, Any]) -> str:
+    plan = shown["plan"]
+    if not shown["affordable"]:
+        return "the budget does not pay for it"
+    whole = plan["epsilon_at_most"] - plan["epsilon"] <= shown["budget_after"]
+    return "the budget pays for it" + ("" if whole else ", but not for all of the steps that may have to be run again")
 
+
+def _steps(shown: dict[str, Any]) -> str:
+    done = _done(shown)
+    more = shown["steps_committed"] - done  # run again, or not at all
+    return f"{done} of {shown['steps']} steps" + (f", {more} more are charged" if more > 0 else "")
+
+
+def _done(shown: dict[str, Any]) -> int:
+    return max(int(shown["steps_done"]), shown["checkpoint"] or 0)  # workers report now and then
+
+
+def settle_orphan(home: Home, run: str) -> bool:
+    """Say that a run of this machine has ended whose supervisor died without a word; its ledger settles by that.
+
+    True if it did. What is left of its cluster is ended first.
+    """
     directory = home.runs / run
-    if not (directory / "run.json").exists() or Daemon(directory / "driver").process() is not None:
+    if not (directory / "run.json").exists():
         return False
-    with contextlib.closing(RunFolder.open(directory).client()) as client:
-        if client.get(f"/v1/runs/{run}")["state"] in ENDED:
+    folder = RunFolder.open(directory)
+    with folder.turn():
+        return _settle_orphan(folder)
+
+
+def _settle_orphan(folder: RunFolder) -> bool:
+    daemon = Daemon(folder.directory / "driver")
+    if daemon.process() is not None:
+        return False
+    with contextlib.closing(folder.client()) as client:
+        if client.get(f"/v1/runs/{folder.run}")["settled"]:
             return False
-        lost = UnavailableError("the run's supervisor was killed", "submit it again: cloister train submit SPEC")
-        client.post(f"/v1/runs/{run}/failure", {"error": describe(lost)})
+    _reap(daemon)
+    folder.end(UnavailableError("the run's supervisor was killed", f"go on: cloister train resume {folder.run}"))
     return True
+
+
+def _reap(daemon: Daemon) -> None:
+    """End what is left of a cluster whose supervisor is gone. (The guardian is about to, unless it was killed too.)"""
+    from cloister.cluster import reap
+
+    cluster = daemon.status().get("cluster")
+    if cluster and Path(cluster).exists():
+        reap(Path(cluster))
 
 
 def _wait_until_gone(context: Context, run: str) -> None:
@@ -231,6 +302,34 @@ def _wait_until_gone(context: Context, run: str) -> None:
 
 @train.command()
 @click.argument("run", type=NAME)
+@click.option("--watch", "follow", is_flag=True, help="Stay and watch.")
+@common
+def resume(context: Context, run: str, follow: bool) -> None:
+    """Go on with a run of this machine from its last checkpoint, after its supervisor was killed, it failed or was
+    stopped. What is run again costs epsilon again."""
+    folder = RunFolder.open(context.home.runs / run)
+    daemon = Daemon(folder.directory / "driver")
+    with folder.turn():
+        if daemon.process() is not None:
+            raise ConflictError(f"{run} has a supervisor that lives", f"watch it: cloister train watch {run}")
+        client = context.client()
+        shown = client.get(f"/v1/runs/{run}")
+        if shown["state"] in ENDED:
+            _settle_orphan(folder)
+            shown = client.post(f"/v1/runs/{run}/resume")
+        _reap(daemon)
+        _start(folder, hint=f"go on: cloister train resume {run}")
+    if follow:
+        follow_run(context, run)
+    elif context.json:
+        output.value(shown)
+    else:
+        output.say(f"{run} goes on at step {shown['checkpoint'] or 0}; epsilon {shown['epsilon_charged']:g} is held "
+                   f"for it.\nNext: cloister train watch {run}")  # fmt: skip
+
+
+@train.command()
+@click.argument("run", type=NAME)
 @common
 def status(context: Context, run: str) -> None:
     """Show one run."""
@@ -238,23 +337,35 @@ def status(context: Context, run: str) -> None:
     if context.json:
         output.value(shown)
         return
-    output.facts({name: shown[name] for name in ("run", "author", "dataset", "state", "steps_done", "steps",
-                                                 "epsilon_spent", "epsilon_charged", "rows_per_s")})  # fmt: skip
+    attempts = f"{shown['attempt']} of {1 + shown['spec']['training']['retries']}"
+    if shown["attempt"] > 1:
+        attempts += f", resumed at step {shown['resumed_from']}"
+    facts = {name: shown[name] for name in ("run", "author", "dataset", "state", "steps_done", "steps")}
+    facts |= {"attempt": attempts, "last checkpoint": shown["checkpoint"]}
+    facts |= {name: shown[name] for name in ("epsilon_spent", "epsilon_charged", "rows_per_s")}
     if shown["error"]:
-        raise from_dict(shown["error"])
+        failure = from_dict(shown["error"])
+        facts |= {"error": failure.message, "next": failure.hint}
+    output.facts(facts)
 
 
 @train.command()
 @click.argument("run", type=NAME)
 @common
 def stop(context: Context, run: str) -> None:
-    """Stop a run. What it has committed stays charged; the rest of its epsilon is free again."""
-    shown = context.client().post(f"/v1/runs/{run}/stop")
+    """Stop a run. What it has committed stays charged; the rest of its epsilon is free again once its cluster is gone,
+    which only the machine that it runs on can say."""
+    client = context.client()
+    client.post(f"/v1/runs/{run}/stop")
     Daemon(context.home.runs / run / "driver").stop()
+    settle_orphan(context.home, run)
+    shown = client.get(f"/v1/runs/{run}")
     if context.json:
         output.value(shown)
-    else:
-        output.say(f"{run} is {shown['state']}; epsilon {shown['epsilon_charged']:.4f} is charged.")
+        return
+    output.say(f"{run} is {shown['state']}; epsilon {shown['epsilon_charged']:.4f} is charged.")
+    if not shown["settled"]:
+        output.say("That is all that was held for it: what it has not used is free when its own machine says so.")
 
 
 @train.command(name="list")
@@ -266,7 +377,7 @@ def list_(context: Context) -> None:
         output.value(rows)
         return
     cells = [
-        (r["run"], r["author"], r["dataset"], r["state"], f"{r['steps_committed']}/{r['steps']}", r["epsilon_charged"])
+        (r["run"], r["author"], r["dataset"], r["state"], f"{_done(r)}/{r['steps']}", r["epsilon_charged"])
         for r in rows
     ]
     output.table(("run", "author", "dataset", "state", "steps", "epsilon"), cells, empty="No run yet.")

@@ -35,17 +35,37 @@ MAX_LINE_BYTES = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A sealed checkpoint: the state after `step` steps of the plan, at the path `blob` of the run's store."""
+
+    step: int
+    blob: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """An attempt of a run: it goes on after `resume_from` steps, from `checkpoint` unless it begins anew."""
+
+    number: int
+    resume_from: int
+    checkpoint: Checkpoint | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingLease:
     """What one rank was granted. `keys` maps `shard/class` to a data key; `model_key` is rank 0's alone."""
 
     keys: Mapping[str, bytes] = field(repr=False)
     model_key: bytes | None = field(repr=False)
+    checkpoint_key: bytes = field(repr=False)
     manifest: dict[str, Any]
     owner_key: str
     spec: dict[str, Any]
     plan: dict[str, Any]
     blobs: str
     seal_context: dict[str, str]
+    checkpoint_context: dict[str, str]
     evaluation_epsilon: float
 
 
@@ -235,21 +255,35 @@ class AuthorityClient:
 
     # ---- a run's work ----
 
-    def lease_shards(self, run: str, rank: int, code_digest: str) -> TrainingLease:
+    def open_attempt(self, run: str, world_size: int, code_digest: str) -> Attempt:
+        """Open the run's next attempt, which ends the one before.
+
+        Raises:
+            ConflictError: the run is over, or its attempts are used up. BudgetError: nobody pays for the redo.
+        """
+        answer = self.post(f"/v1/runs/{run}/attempts", {"world_size": world_size, "code_digest": code_digest})
+        kept = answer["checkpoint"]
+        return Attempt(
+            number=answer["attempt"], resume_from=answer["resume_from"], checkpoint=Checkpoint(**kept) if kept else None
+        )
+
+    def lease_shards(self, run: str, attempt: int, rank: int, code_digest: str) -> TrainingLease:
         """Ask for the data keys of one rank, sealed to a key that is made here and dies here."""
         one_time = OneTimeKey.generate()
-        body = {"rank": rank, "public_key": b64(one_time.public), "code_digest": code_digest}
+        body = {"attempt": attempt, "rank": rank, "public_key": b64(one_time.public), "code_digest": code_digest}
         answer = self.post(f"/v1/runs/{run}/leases", body)
-        granted = json.loads(one_time.open(unb64(answer["sealed"]), purposes.training_lease(run, rank)))
+        granted = json.loads(one_time.open(unb64(answer["sealed"]), purposes.training_lease(run, attempt, rank)))
         return TrainingLease(
             keys={name: unb64(key) for name, key in granted["keys"].items()},
             model_key=unb64(granted["model_key"]) if "model_key" in granted else None,
+            checkpoint_key=unb64(granted["checkpoint_key"]),
             manifest=answer["manifest"],
             owner_key=answer["owner_key"],
             spec=answer["spec"],
             plan=answer["plan"],
             blobs=answer["blobs"],
             seal_context=answer["seal_context"],
+            checkpoint_context=answer["checkpoint_context"],
             evaluation_epsilon=answer["evaluation_epsilon"],
         )
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, Stri
 
 from cloister.canonical import canonical_json, sha256_hex
 from cloister.errors import IntegrityError
+from cloister.validation import first_problem
 
 ERASURE_PREDICATE = "https://cloister.dev/erasure/v1"  # in-toto predicate type of a certificate
 
@@ -143,8 +144,8 @@ class Erasure(_Facts):
             # As JSON has it: lists for tuples, and no other leniency.
             return cls.model_validate(value)
         except ValidationError as error:
-            field = ".".join(str(part) for part in error.errors()[0]["loc"])[:80]
-        raise IntegrityError(f"this is not a certificate of erasure: {field}", "ask the authority for it again")
+            place = first_problem(error).place[:80]
+        raise IntegrityError(f"this is not a certificate of erasure: {place}", "ask the authority for it again")
 
 
 def subject_digest(erasure: Erasure) -> str:

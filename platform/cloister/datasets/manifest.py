@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cloister.canonical import digest
 from cloister.errors import InputError
+from cloister.validation import first_problem
 
 MANIFEST_PREDICATE = "https://cloister.dev/dataset/v2"  # in-toto predicate type of a signed manifest
 NAME_PATTERN = r"^[a-z][a-z0-9-]{0,62}$"
@@ -99,8 +100,8 @@ class DatasetManifest(BaseModel):
         try:
             manifest = cls.model_validate(value)
         except ValidationError as error:
-            field = ".".join(str(part) for part in error.errors()[0]["loc"])
-            raise InputError(f"the dataset manifest is not valid at {field}", "seal the data again") from error
+            place = first_problem(error).place
+            raise InputError(f"the dataset manifest is not valid at {place}", "seal the data again") from error
         names = [file.key_name for file in manifest.files]
         if len(set(names)) != len(names) or len({file.path for file in manifest.files}) != len(names):
             raise InputError("the dataset manifest lists a file twice", "seal the data again")

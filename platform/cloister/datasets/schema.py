@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError, m
 
 from cloister.canonical import digest
 from cloister.errors import InputError
+from cloister.validation import first_problem
 
 SensitivityClass = Literal["public", "internal", "confidential", "restricted"]
 CLASSES: tuple[SensitivityClass, ...] = ("public", "internal", "confidential", "restricted")
@@ -198,8 +199,12 @@ class DatasetSchema(BaseModel):
         try:
             return cls.model_validate(value)
         except ValidationError as found:
-            error = _first_problem(found)
-        raise InputError(f"the schema is not valid: {error}", "see jobs/examples/adult/schema.yaml for a whole one")
+            # Of `row` or a unit, pydantic tells first that it is not `row`.
+            problem = first_problem(found, silent={Unit.__name__}, not_meant="literal['row']")
+        raise InputError(
+            f"the schema is not valid: {problem.place}: {problem.reason}",
+            "see jobs/examples/adult/schema.yaml for a whole one",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The plain map that is stored, hashed and signed."""
@@ -301,12 +306,3 @@ def _yaml(text: str) -> object:
         mark = getattr(error, "problem_mark", None)
         where = "" if mark is None else f" at line {mark.line + 1}"
     raise InputError(f"this is not YAML{where}", "check the indentation and the quotes")
-
-
-def _first_problem(error: ValidationError) -> str:
-    """Place and reason of the first problem, without the value that pydantic would show."""
-    found = error.errors(include_input=False, include_url=False, include_context=False)
-    # Of `row` or a unit, pydantic tells first that it is not `row`.
-    first = next((problem for problem in found if "literal['row']" not in problem["loc"]), found[0])
-    place = ".".join(str(part) for part in first["loc"] if part != Unit.__name__) or "the whole"
-    return f"{place}: {first['msg'].removeprefix('Value error, ')}"

@@ -24,6 +24,11 @@ def model_seal_context(run: str) -> dict[str, str]:
     return {"use": "cloister.dev/model/v1", "run": run}
 
 
+def checkpoint_seal_context(run: str) -> dict[str, str]:
+    """What every sealed checkpoint of a run is bound to; its attempt and step come on top."""
+    return {"use": "cloister.dev/checkpoint/v1", "run": run}
+
+
 def approval_digest(details: Mapping[str, Any]) -> str:
     """Hex SHA-256 of what is approved: what an approver's statement is about, except for a promotion's, which is
     about the model's own root digest."""

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Strict
 
 from cloister.errors import InputError
 from cloister.policy.decide import Decision, Kind, Policy, Request, Value
+from cloister.validation import first_problem
 
 _Value = StrictBool | StrictInt | StrictStr
 
@@ -68,10 +69,10 @@ def parse_cases(text: str) -> list[Case]:
         where = "" if mark is None else f" at line {mark.line + 1}"
         raise InputError(f"the cases are not YAML{where}", "check the indentation and the quotes") from None
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
-        number, *place = first["loc"] or ("whole",)
+        found = first_problem(error)
+        number, *place = found.location or ("whole",)
         where = f"case {number + 1} {'.'.join(map(str, place))}" if isinstance(number, int) else "the whole"
-        raise InputError(f"{where.strip()}: {first['msg']}", "see a whole one: cloister policy test --help") from None
+        raise InputError(f"{where.strip()}: {found.reason}", "see a whole one: cloister policy test --help") from None
     if not cases:
         raise InputError("there is no case in it", "see one: cloister policy test --help")
     return cases

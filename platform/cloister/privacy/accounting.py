@@ -35,13 +35,24 @@ def epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: floa
     Raises:
         ValueError: a parameter outside its range.
     """
-    _check(noise_multiplier, sample_rate, steps, delta, rows_per_unit)
+    return max(accounts(noise_multiplier, sample_rate, steps, delta, rows_per_unit).values())
+
+
+def accounts(
+    noise_multiplier: float, sample_rate: float, steps: int, delta: float, rows_per_unit: int = 1
+) -> dict[str, float]:
+    """The epsilon of `steps` steps by each accountant, by its name.
+
+    Raises:
+        ValueError: a parameter outside its range.
+    """
+    mechanism = (noise_multiplier, sample_rate, steps, delta, rows_per_unit)
+    _check(*mechanism)
     if steps == 0:
-        return 0.0
+        return {"prv": 0.0, "pld": 0.0}
     if noise_multiplier == 0.0:
-        return math.inf
-    by_pld = pld_epsilon(noise_multiplier, sample_rate, steps, delta, rows_per_unit)
-    return max(by_pld, prv_epsilon(noise_multiplier, sample_rate, steps, delta, rows_per_unit))
+        return {"prv": math.inf, "pld": math.inf}
+    return {"prv": prv_epsilon(*mechanism), "pld": pld_epsilon(*mechanism)}
 
 
 def prv_epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: float, rows_per_unit: int = 1) -> float:

@@ -5,8 +5,8 @@ returns was certified by both accountants at or below the target epsilon; every 
 training rows is declared public), so a plan may be approved, logged and signed. Averages divide by the public
 `sample_rate * rows`, never by a realised batch size, which is private.
 
-Not promised: anything about steps that are run twice. Redone steps are charged as additional steps: see
-`epsilon_after`.
+Steps that are run again, because workers died, cost as additional steps: `redo_steps` bounds them, and
+`epsilon_at_most` is what the run then costs. Without deaths it costs `epsilon_certified`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from typing import Any, Self
 
 from cloister.errors import InputError
 from cloister.privacy import accounting
+
+BLOCK_STEPS = 50
+"""How many steps are committed to the ledger at once: what one death of a worker costs at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +37,10 @@ class PrivacyPlan:
     rows: int
     rows_per_unit: int = 1
     """How many rows the unit of privacy may own: epsilon and delta are promised to it, not to each row."""
+    redo_steps: int = 0
+    """How many steps may be run again, over all attempts."""
+    epsilon_at_most: float = 0.0
+    """The certified epsilon of `steps + redo_steps`; never below `epsilon`."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.sample_rate <= 1.0:
@@ -41,7 +48,13 @@ class PrivacyPlan:
         if self.steps < 1 or self.rows < 1 or self.rows_per_unit < 1:
             raise InputError("a plan needs at least one row, a step and a row for each unit", "raise epochs")
         if not 0.0 < self.max_grad_norm < math.inf or not 0.0 <= self.noise_multiplier < math.inf:
-            raise InputError("clipping norm and noise multiplier are finite and positive", "make the plan again")
+            raise InputError(
+                "the clipping norm is finite and positive, and the noise multiplier finite and not negative",
+                "make the plan again",
+            )
+        if self.redo_steps < 0 or not math.isfinite(self.epsilon_at_most):
+            raise InputError("the steps that may be run again, and what they cost, are finite", "make the plan again")
+        object.__setattr__(self, "epsilon_at_most", max(self.epsilon_at_most, self.epsilon))
 
     @property
     def expected_batch_size(self) -> float:
@@ -53,9 +66,9 @@ class PrivacyPlan:
         """Expected number of times that a row is used."""
         return self.sample_rate * self.steps
 
-    def epsilon_after(self, steps: int) -> float:
-        """The certified epsilon once this many steps have been released, redone ones counted again."""
-        return accounting.epsilon(self.noise_multiplier, self.sample_rate, steps, self.delta, self.rows_per_unit)
+    def accounts_after(self, steps: int) -> dict[str, float]:
+        """What each accountant says once this many steps have been released, redone ones counted again."""
+        return accounting.accounts(self.noise_multiplier, self.sample_rate, steps, self.delta, self.rows_per_unit)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -67,11 +80,12 @@ class PrivacyPlan:
         Raises:
             InputError: a field is missing, unknown or of the wrong type.
         """
-        plan = {"rows_per_unit": 1, **values}  # plans of before there were units have none
+        # Plans of before there were units, and retries, have none.
+        plan = {"rows_per_unit": 1, "redo_steps": 0, "epsilon_at_most": values.get("epsilon"), **values}
         if set(plan) != {field.name for field in fields(cls)}:
             raise InputError("this is not a privacy plan", "make the plan again with `cloister train plan`")
         for name, value in plan.items():
-            whole = name in ("steps", "rows", "rows_per_unit")
+            whole = name in ("steps", "rows", "rows_per_unit", "redo_steps")
             if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
                 raise InputError(f"field '{name}' of the privacy plan has the wrong type", "make the plan again")
             plan[name] = value if whole else float(value)
@@ -87,8 +101,11 @@ def make_plan(
     expected_batch_size: int,
     rows: int,
     rows_per_unit: int = 1,
+    redo_steps: int = 0,
 ) -> PrivacyPlan:
     """The plan for these spec fields over `rows` training rows, of which one unit owns up to `rows_per_unit`.
+
+    The noise is that for the planned steps; `redo_steps` more, should they be needed, cost more epsilon.
 
     Raises:
         InputError: the fields do not fit the number of rows or no noise reaches the target.
@@ -103,7 +120,7 @@ def make_plan(
             "delta is at least 1/rows, which allows publishing a row outright", f"choose delta below {1.0 / rows:.1e}"
         )
     sample_rate = expected_batch_size / rows
-    steps = max(1, round(epochs / sample_rate))
+    steps = planned_steps(epochs, expected_batch_size, rows)
     try:
         noise_multiplier = accounting.noise_multiplier_for(epsilon, delta, sample_rate, steps, rows_per_unit)
     except ValueError as error:
@@ -118,4 +135,11 @@ def make_plan(
         steps=steps,
         rows=rows,
         rows_per_unit=rows_per_unit,
+        redo_steps=redo_steps,
+        epsilon_at_most=accounting.epsilon(noise_multiplier, sample_rate, steps + redo_steps, delta, rows_per_unit),
     )
+
+
+def planned_steps(epochs: float, expected_batch_size: int, rows: int) -> int:
+    """How many steps a plan with these fields has."""
+    return max(1, round(epochs / (expected_batch_size / rows)))

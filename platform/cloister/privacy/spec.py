@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError, model_validator
 
 from cloister.errors import InputError
+from cloister.validation import first_problem
 
 # Beyond these, epsilon promises nothing, and the accountants need minutes and gigabytes to say so.
 MAX_EPSILON = 20.0
@@ -21,6 +22,9 @@ MIN_DELTA = 1e-12
 _DATASET = r"^[a-z][a-z0-9-]{0,62}@[1-9][0-9]{0,8}$"
 _Column = Annotated[StrictStr, Field(min_length=1, max_length=128)]
 _Term = Annotated[StrictStr, Field(min_length=1, max_length=300)]
+_Width = Annotated[int, Field(ge=1, le=8192)]
+_Side = Annotated[int, Field(ge=11, le=512)]  # pixels; see `cloister.training.scattering`
+Activation = Literal["tanh", "relu", "silu"]
 _HINT = "see jobs/examples/adult/train.yaml for a whole one"
 
 
@@ -28,12 +32,25 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class ModelSpec(_Part):
-    """A named architecture: see `cloister.training.architectures`."""
+class MlpSpec(_Part):
+    """Layers over all inputs. See `cloister.training.architectures` for what each architecture builds."""
 
     architecture: Literal["mlp"]
-    hidden: tuple[Annotated[int, Field(ge=1, le=8192)], ...] = Field(min_length=1, max_length=16)
-    activation: Literal["tanh", "relu", "silu"] = "tanh"
+    hidden: tuple[_Width, ...] = Field(min_length=1, max_length=16)
+    activation: Activation = "tanh"
+
+
+class ScatteringSpec(_Part):
+    """Layers over fixed features of pictures; without `hidden`, a linear classifier."""
+
+    architecture: Literal["scattering"]
+    image: tuple[_Side, _Side]
+    hidden: tuple[_Width, ...] = Field(default=(), max_length=16)
+    activation: Activation = "tanh"
+
+
+ModelSpec = Annotated[MlpSpec | ScatteringSpec, Field(discriminator="architecture")]
+_ARCHITECTURES = frozenset({"mlp", "scattering"})
 
 
 class PrivacySpec(_Part):
@@ -42,7 +59,7 @@ class PrivacySpec(_Part):
     epsilon: Annotated[float, Field(gt=0.0, le=MAX_EPSILON)]
     delta: Annotated[float, Field(ge=MIN_DELTA, lt=1.0)]
     max_grad_norm: Annotated[float, Field(gt=1e-6, le=1e6)] = 1.0
-    engine: Literal["opacus"] = "opacus"
+    engine: Literal["bookkeeping", "opacus"] = "bookkeeping"
 
 
 class OptimizationSpec(_Part):
@@ -50,12 +67,27 @@ class OptimizationSpec(_Part):
     expected_batch_size: Annotated[int, Field(ge=1, le=1_000_000_000)]
     optimizer: Literal["adam", "sgd"] = "adam"
     learning_rate: Annotated[float, Field(gt=0.0, le=1e3)]
+    retries: Annotated[int, Field(ge=0, le=20)] = 3
+    """How many attempts may follow the first when workers die: each may run a block of steps again."""
 
 
 class ResourcesSpec(_Part):
     workers: Annotated[int, Field(ge=1, le=1024)] = 1
+    min_workers: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """With how many an attempt may go on when machines are lost; all of them by default."""
     gpus_per_worker: Annotated[int, Field(ge=0, le=16)] = 0
     region: _Term
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        if self.least > self.workers:
+            raise ValueError("min_workers is not more than workers")
+        return self
+
+    @property
+    def least(self) -> int:
+        """The fewest workers that an attempt may have."""
+        return self.min_workers or self.workers
 
 
 class TrainingSpec(_Part):
@@ -105,9 +137,11 @@ class TrainingSpec(_Part):
         try:
             return cls.model_validate(value)
         except ValidationError as error:
-            first = error.errors(include_input=False, include_url=False, include_context=False)[0]
-            place = ".".join(str(part) for part in first["loc"]) or "the whole"
-            reason = first["msg"].removeprefix("Value error, ")
+            # Below `model`, pydantic also names the architecture, which is no field.
+            found = first_problem(error, silent=_ARCHITECTURES)
+            place, reason = found.place, found.reason
+            if found.kind.startswith("union_tag"):
+                place, reason = f"{place}.architecture", "it is one of " + ", ".join(sorted(_ARCHITECTURES))
         raise InputError(f"the training spec is not valid: {place}: {reason}", _HINT)
 
     @property

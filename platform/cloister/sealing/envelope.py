@@ -13,6 +13,8 @@ import os
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from cloister.errors import InputError, IntegrityError
 
@@ -23,11 +25,23 @@ VERSION = b"\x01"
 KEY_VERSION_BYTES = 4
 WRAPPED_BYTES = len(VERSION) + NONCE_BYTES + KEY_BYTES + TAG_BYTES
 _LABEL = b"cloister.dev/envelope/v1\x00"
+_CHECKPOINT_LABEL = b"cloister/checkpoint-key/v1"
 
 
 def new_key() -> bytes:
     """A fresh 256-bit key from the operating system's generator."""
     return os.urandom(KEY_BYTES)
+
+
+def checkpoint_key(model_key: bytes) -> bytes:
+    """The key that a run's checkpoints are sealed under, so that ranks which never see the model's key can open them.
+
+    Raises:
+        InputError: the model's key is not 32 bytes.
+    """
+    if len(model_key) != KEY_BYTES:
+        raise InputError("the model's key is not 32 bytes", "make it with new_key()")
+    return HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=None, info=_CHECKPOINT_LABEL).derive(model_key)
 
 
 def wrap_key(kek: bytes, key: bytes, associated_data: bytes) -> bytes:

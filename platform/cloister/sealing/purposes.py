@@ -1,6 +1,6 @@
 """What a key that moves is for: the HPKE `info` of each kind of grant, the same on both sides.
 
-Guarantees: a key that was sealed for one purpose does not open as another, nor for another run, rank or model.
+Guarantees: a key that was sealed for one purpose does not open as another, nor for another run, attempt, rank or model.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ def sealing(name: str, version: int) -> bytes:
     return canonical_json({"use": "cloister.dev/sealing/v1", "dataset": name, "version": version})
 
 
-def training_lease(run: str, rank: int) -> bytes:
-    """The authority hands one rank of a run the keys of its shards."""
-    return canonical_json({"use": "cloister.dev/training-lease/v1", "run": run, "rank": rank})
+def training_lease(run: str, attempt: int, rank: int) -> bytes:
+    """The authority hands one rank of an attempt of a run the keys of its shards."""
+    return canonical_json({"use": "cloister.dev/training-lease/v2", "run": run, "attempt": attempt, "rank": rank})
 
 
 def model_lease(endpoint: str) -> bytes:

@@ -140,6 +140,15 @@ def key_id_of(key: PublicKey) -> str:
     return sha256_hex(public_to_pem(key))
 
 
+def run_name(public_pem: bytes) -> str:
+    """A run is called after its key. So whoever submits it can keep the key before there is a run to end with it.
+
+    Raises:
+        InputError: as `key_id`.
+    """
+    return f"run-{key_id(public_pem)[:10]}"
+
+
 def sign(key: SigningKey, data: bytes) -> bytes:
     """Ed25519 (64 bytes) or ECDSA P-256 with SHA-256 (ASN.1 DER)."""
     return key.sign(data, _ECDSA) if isinstance(key, P256PrivateKey) else key.sign(data)

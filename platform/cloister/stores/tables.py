@@ -194,6 +194,31 @@ budgets = Table(
     Column("delta", Float, nullable=False),
 )
 
+# Who changed a dataset's budget, from what to what, with which approval.
+budget_changes = Table(
+    "budget_changes",
+    metadata,
+    Column("dataset", String, primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("person", String, nullable=False),
+    Column("epsilon_before", Float, nullable=False),
+    Column("epsilon", Float, nullable=False),
+    Column("delta_before", Float, nullable=False),
+    Column("delta", Float, nullable=False),
+    Column("approval", String),
+    Column("created", Float, nullable=False),
+)
+
+# The digest of a dataset's ledger (its budget, and the ledger's columns of its runs), sealed by the key service with
+# each change. `counter` is how many there were; 0, with an empty seal, in a state of before there were seals.
+ledger_seals = Table(
+    "ledger_seals",
+    metadata,
+    Column("dataset", String, primary_key=True),
+    Column("counter", Integer, nullable=False),
+    Column("seal", LargeBinary, nullable=False),
+)
+
 runs = Table(
     "runs",
     metadata,
@@ -210,9 +235,19 @@ runs = Table(
     Column("steps_committed", Integer, nullable=False),
     Column("steps_done", Integer, nullable=False),
     Column("rows_per_s", Float),
+    # The attempt that is under way, or was the last: 0 before the first. `position` is how far in the plan it has
+    # committed; `steps_committed` counts over all attempts, steps that were run again too.
+    Column("attempt", Integer, nullable=False),
+    Column("world_size", Integer, nullable=False),  # of the attempt that is open; 0 when none is
+    Column("resume_from", Integer, nullable=False),
+    Column("position", Integer, nullable=False),
+    Column("checkpoint", JSON),  # the newest: step, blob, sha256
     # The ledger's columns: what this run holds of the dataset's budget, now and for good.
     Column("epsilon_charged", Float, nullable=False),
     Column("delta_charged", Float, nullable=False),
+    # Whether what was not used is given back: by a signed end only, which is kept.
+    Column("settled", Boolean, nullable=False),
+    Column("run_end", JSON),
     Column("model_key", LargeBinary, nullable=False),
     Column("error", JSON),
     Column("flags", JSON, nullable=False),  # erasures of data that it learned from, by their ids
@@ -220,11 +255,12 @@ runs = Table(
     Column("ended", Float),
 )
 
-# One lease a rank and run, so that neither a replayed request nor a left-over worker gets keys again.
+# One lease a rank and attempt, so that neither a replayed request nor a left-over worker gets keys again.
 leases = Table(
     "leases",
     metadata,
     Column("run", String, primary_key=True),
+    Column("attempt", Integer, primary_key=True),
     Column("rank", Integer, primary_key=True),
     Column("created", Float, nullable=False),
 )

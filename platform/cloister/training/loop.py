@@ -11,6 +11,9 @@ Guarantees, for each of `plan.steps` steps, if every rank of the run calls `trai
     6. average  by the public q·N, never by a realised batch size
     7. step     the optimiser sees the noisy average only: its state is post-processing and costs no privacy
 
+Each shard has a sampler of its own, under a key of its own: which ranks hold which shards, and how many ranks there
+are, changes nothing in what is sampled with which probability.
+
 A rank's noise alone protects its rows less than the plan says: the plan holds for what the sum releases, and the
 ranks of one run trust each other. `all_reduce` must therefore not be observable from outside the cluster.
 
@@ -23,21 +26,26 @@ Shapes: N rows on this rank, D inputs, B rows in a batch, P trainable parameters
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
 from cloister.errors import InputError
-from cloister.privacy.clipping import SENSITIVITY_SLACK, ClippedGradients, GhostClippedGradients
+from cloister.privacy.clipping import ClippedGradients, ClippingOptions, sensitivity_slack
+from cloister.privacy.engines import clipping_engine
 from cloister.privacy.keystream import derive_key
 from cloister.privacy.noise import GaussianNoise
-from cloister.privacy.plan import PrivacyPlan
+from cloister.privacy.plan import BLOCK_STEPS, PrivacyPlan
 from cloister.privacy.sampling import PoissonSampler
+from cloister.training.tripwires import StreamWatch, Tripwires
 
-BLOCK_STEPS = 50
+PUBLIC_SHARD = "public/canaries"
+"""The name of a shard whose rows are invented: they are sampled and clipped as all others, and the plan does not count
+them. No shard of a sealed table has a name with a slash."""
 
 
 class CommitBlock(Protocol):
@@ -74,56 +82,101 @@ def train(
     secret: bytes,
     all_reduce: Callable[[torch.Tensor], None],
     commit_block: CommitBlock,
+    shards: Sequence[tuple[str, int]] | None = None,
+    checkpoint: Callable[[int], None] | None = None,
     on_step: Callable[[int], None] | None = None,
     resume_from: int = 0,
     block_steps: int = BLOCK_STEPS,
+    engine: str = "bookkeeping",
+    options: ClippingOptions | None = None,
     clipped_gradients: ClippedGradients | None = None,
 ) -> None:
     """Train `model` in place from step `resume_from` to `plan.steps`.
 
     `secret` comes from `fresh_secret()` in this process and is never stored. `all_reduce` sums a tensor over the
-    ranks in place. `on_step(done)` is called after each step with the number of steps that are done; `done` is a
-    point to checkpoint model and optimiser. All ranks start from the same weights (`build_model` sees to that).
+    ranks in place. `shards` are the names and numbers of rows of the shards that x_ND consists of, in its order.
+    `checkpoint(done)` is called after the last step of each block: the point to keep model and optimiser.
+    `on_step(done)` is called after each step. All ranks start from the same weights (`build_model` sees to that).
 
     Raises:
-        InputError: more rows than the plan declares, or a layer that cannot be trained privately.
+        InputError: rows that are not tensors, more rows than the plan declares, a layer that cannot be trained
+            privately, a step that hands something back.
+        IntegrityError: a tripwire: noise is missing or repeated, batches repeat, weights do not move.
     """
+    _require_rows(x_ND, y_N, plan, public=sum(rows for name, rows in shards or () if name == PUBLIC_SHARD))
     if not 0 <= rank < world_size or not 0 <= resume_from <= plan.steps or block_steps < 1:
         raise ValueError("rank, resume_from or block_steps is out of range")
-    if len(x_ND) != len(y_N) or len(x_ND) > plan.rows:
-        raise InputError("this rank holds other rows than the plan declares", "make the plan for this data set again")
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    engine = None if clipped_gradients is not None else GhostClippedGradients(model, plan.max_grad_norm)
-    clipped = clipped_gradients or engine
-    assert clipped is not None  # noqa: S101 - one of the two was made
-    key_for = partial(derive_key, secret, run=run, attempt=attempt, rank=rank)
-    sampler = PoissonSampler(len(x_ND), plan.sample_rate, key_for(purpose="sampling"))
-    noise = GaussianNoise(key_for(purpose="noise"))
-    noise_std = plan.noise_multiplier * plan.max_grad_norm * (1 + SENSITIVITY_SLACK) / math.sqrt(world_size)
+    clipped = clipped_gradients or clipping_engine(engine, model, plan.max_grad_norm, options)
+    batches = ShardedBatches(
+        shards or [(f"rank-{rank}", len(x_ND))], plan.sample_rate,
+        lambda shard: derive_key(secret, purpose=f"sampling/{shard}", run=run, attempt=attempt, rank=0),
+    )  # fmt: skip
+    if batches.rows != len(x_ND):
+        raise InputError("the shards have other numbers of rows than there are", "name each shard of x_ND, in order")
+    noise = GaussianNoise(secret, run=run, attempt=attempt, rank=rank)
+    total_std = plan.noise_multiplier * plan.max_grad_norm * (1 + sensitivity_slack(plan.expected_batch_size))
+    rank_std = total_std / math.sqrt(world_size)
+    tripwires, streams = Tripwires(model, plan, total_std), StreamWatch(plan.sample_rate, len(x_ND))
 
     model.train()
     try:
         for step in range(resume_from, plan.steps):
+            block_end = min(step - (step - resume_from) % block_steps + block_steps, plan.steps)
             if (step - resume_from) % block_steps == 0:
-                commit_block(step, min(step + block_steps, plan.steps))  # 1
-            rows_B = torch.from_numpy(sampler.next_batch()).to(x_ND.device)  # 2
-            sum_P = clipped(x_ND[rows_B], y_N[rows_B])  # 3
-            sum_P += noise.sample(sum_P.shape, noise_std).to(sum_P.device)  # 4
+                commit_block(step, block_end)  # 1
+            rows_B = batches.next_batch()  # 2
+            streams.see_batch(rows_B)
+            index_B = torch.from_numpy(rows_B).to(x_ND.device)
+            sum_P = clipped(x_ND[index_B], y_N[index_B])  # 3
+            with streams.watching_noise(sum_P):
+                noise.add_to(step, sum_P, rank_std)  # 4
             all_reduce(sum_P)  # 5
-            _set_gradients(parameters, sum_P / plan.expected_batch_size)  # 6
+            tripwires.see_sum(sum_P)
+            set_gradients(parameters, sum_P, plan.expected_batch_size)  # 6
             optimizer.step()  # 7
-            if on_step is not None:
-                on_step(step + 1)
+            tripwires.see_weights()
+            if on_step is not None and on_step(step + 1) is not None:
+                raise InputError("a step's observer handed something back", "the number of steps is the plan's")
+            if checkpoint is not None and step + 1 == block_end:
+                checkpoint(step + 1)
     finally:
         optimizer.zero_grad(set_to_none=True)
         model.eval()
-        if engine is not None:
-            engine.close()
+        if clipped_gradients is None:
+            clipped.close()
 
 
-def _set_gradients(parameters: list[nn.Parameter], flat_P: torch.Tensor) -> None:
-    offset = 0
-    for parameter in parameters:
-        piece = flat_P[offset : offset + parameter.numel()]
-        parameter.grad = piece.reshape(parameter.shape).to(parameter.dtype)
-        offset += parameter.numel()
+class ShardedBatches:
+    """One Poisson sampler for each shard; their batches together, as rows of the whole."""
+
+    def __init__(self, shards: Sequence[tuple[str, int]], sample_rate: float, key_of: Callable[[str], bytes]) -> None:
+        names = [name for name, _ in shards]
+        if len(set(names)) != len(names):
+            raise InputError("two shards have one name, and would be sampled alike", "name each shard once")
+        self._samplers = [PoissonSampler(rows, sample_rate, key_of(name)) for name, rows in shards]
+        self._starts = np.cumsum([0, *(rows for _, rows in shards)])
+        self.rows = int(self._starts[-1])
+
+    def next_batch(self) -> npt.NDArray[np.int64]:
+        """Row numbers, ascending; possibly none."""
+        parts = [s.next_batch() + start for s, start in zip(self._samplers, self._starts, strict=False)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _require_rows(x_ND: torch.Tensor, y_N: torch.Tensor, plan: PrivacyPlan, public: int) -> None:
+    if type(plan) is not PrivacyPlan:
+        raise InputError("the plan is not a privacy plan", "make it with make_plan")
+    if not (isinstance(x_ND, torch.Tensor) and isinstance(y_N, torch.Tensor)):
+        raise InputError("rows come as tensors, all of this rank's at once", "loaders sample by rules of their own")
+    if len(x_ND) != len(y_N) or len(x_ND) > plan.rows + public:
+        raise InputError("this rank holds other rows than the plan declares", "make the plan for this data set again")
+
+
+def set_gradients(parameters: list[nn.Parameter], sum_P: torch.Tensor, denominator: float) -> None:
+    """Give each parameter its piece of the average, in one pass over the sum."""
+    average_P = torch.empty(len(sum_P), dtype=torch.float32, device=sum_P.device)
+    torch.div(sum_P, denominator, out=average_P)
+    pieces = torch.split(average_P, [parameter.numel() for parameter in parameters])
+    for parameter, piece in zip(parameters, pieces, strict=True):
+        parameter.grad = piece.view(parameter.shape)

@@ -1,51 +1,56 @@
-"""What one rank does between its lease and its last step. Plain Python and torch: Ray is nowhere in here.
+"""What one rank does in one attempt, from its lease to its last step. Plain Python and torch: Ray is nowhere in here.
 
-Guarantees: rows are in clear only in this process, only while it works; a shard is used only if its bytes are those
-of the signed manifest and it opens under its own key and name; only noisy sums, step counts and one noisy accuracy
-leave; the model leaves sealed.
+Guarantees: rows are in clear only in this process, only while it works; only noisy sums, step counts and one noisy
+accuracy leave; the model and its checkpoints leave sealed; what resumes from a checkpoint has the authority's word
+that it is the run's newest, and draws new randomness: none is in it.
 
-    1. lease     one-time key out, data keys back, sealed to it
-    2. open      fetch, compare digests, decrypt this rank's shards, only the columns that are trained on
-    3. rehearse  rank 0: open the holdout, export the untrained model: what would fail at the end fails before it costs
-    4. train     DP-SGD; blocks of steps on record before their noise exists
-    5. publish   rank 0: holdout accuracy with noise, ONNX, seal, upload, register
+    1. attempt   rank 0 opens the next one, which ends the one before; all learn from where it goes on
+    2. lease     one-time key out, data keys back, sealed to it
+    3. open      this rank's shards, however many ranks share them
+    4. rehearse  on public rows: the model keeps rows apart; rank 0 attacks the steps of the plan, opens the holdout and
+                 exports the model untrained, unless an attempt before has: what would fail at the end fails before it
+                 costs
+    5. resume    if there is a checkpoint: fetch, compare digests, open, restore, on every rank
+    6. train     DP-SGD; blocks of steps on record before their noise exists; a sealed checkpoint after each
+    7. publish   rank 0: holdout accuracy with noise, what canaries tell of the model, ONNX, seal, upload, register;
+                 the checkpoints go
+
+Canaries are invented rows of noise, drawn by a secret of the run (`audit.py`); rank 0 trains on half of them, beside
+its own rows.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from cloister.canonical import b64, sha256_hex
-from cloister.client.authority import AuthorityClient, TrainingLease
-from cloister.client.verify import signed_manifest
-from cloister.datasets.encoding import FeatureEncoder, stored_array
-from cloister.datasets.manifest import SealedFile
-from cloister.datasets.schema import DatasetSchema
-from cloister.errors import ConflictError, IntegrityError, UnavailableError
+from cloister.canonical import b64, canonical_json, sha256_hex
+from cloister.client.authority import Attempt, AuthorityClient, Checkpoint, TrainingLease
+from cloister.errors import IntegrityError, UnavailableError, from_dict
 from cloister.models.manifest import ModelManifest
 from cloister.privacy.keystream import fresh_secret
-from cloister.privacy.plan import PrivacyPlan
-from cloister.privacy.spec import TrainingSpec
-from cloister.sealing.shard import open_table, shard_aad
+from cloister.privacy.plan import BLOCK_STEPS, PrivacyPlan
+from cloister.process import describe
 from cloister.sealing.stream import seal
 from cloister.stores.blobs import open_blobs
-from cloister.training.architectures import build_model, seed_of
+from cloister.training import checkpoint
+from cloister.training.architectures import build_model, fixed_features, seed_of, trainable_part
+from cloister.training.audit import RunAudit
 from cloister.training.export import evaluate, private_accuracy, to_onnx
 from cloister.training.loop import make_optimizer, train
+from cloister.training.rehearsal import rehearse
+from cloister.training.rows import Opened, Rows
 
 PROGRESS_INTERVAL_S = 0.5
 
 
 class Group(Protocol):
-    """The ranks of a run, as `torch.distributed` or a test provides them."""
+    """The ranks of an attempt, as `torch.distributed` or a test provides them."""
 
     rank: int
     world_size: int
@@ -53,58 +58,163 @@ class Group(Protocol):
     def all_reduce(self, tensor: torch.Tensor) -> None:
         """Sum over all ranks, in place."""
 
-    def agree(self, ok: bool) -> bool:
-        """True on every rank if rank 0 says so; returns only when rank 0 has said it."""
+    def share(self, message: bytes) -> bytes:
+        """What rank 0 passes, on every rank; returns only when rank 0 has passed it."""
 
 
-def work(authority: AuthorityClient, run: str, code_digest: str, group: Group) -> dict[str, Any] | None:
-    """Do this rank's part. Rank 0 returns what was registered.
+def open_attempt(authority: AuthorityClient, run: str, code_digest: str, group: Group) -> Attempt:
+    """Begin the run's next attempt with this group; the same answer on every rank.  (1)
+
+    Raises:
+        CloisterError: the authority refuses, as it told rank 0.
+    """
+
+    def ask() -> dict[str, Any]:
+        opened = authority.open_attempt(run, group.world_size, code_digest)
+        kept = opened.checkpoint
+        return {
+            "number": opened.number, "resume_from": opened.resume_from,
+            "checkpoint": {"step": kept.step, "blob": kept.blob, "sha256": kept.sha256} if kept else None,
+        }  # fmt: skip
+
+    said = _from_rank_0(group, ask)
+    kept = Checkpoint(**said.pop("checkpoint")) if said["checkpoint"] else None
+    return Attempt(**{"checkpoint": kept} | said)
+
+
+def work(
+    authority: AuthorityClient, run: str, code_digest: str, group: Group, attempt: Attempt, *,
+    block_steps: int = BLOCK_STEPS,
+) -> dict[str, Any] | None:  # fmt: skip
+    """Do this rank's part of `attempt`. Rank 0 returns what was registered.
 
     Raises:
         CloisterError: something is not as it was signed, planned or granted.
     """
-    lease = authority.lease_shards(run, group.rank, code_digest)  # 1
-    rows = _Rows(lease)
-    x, y = rows.load("train")  # 2
+    lease = authority.lease_shards(run, attempt.number, group.rank, code_digest)  # 2
+    rows, plan = Rows(lease), PrivacyPlan.from_dict(lease.plan)
+    engine = rows.spec.privacy.engine
+    opened = rows.load("train")  # 3
     model = build_model(rows.spec.model.model_dump(mode="json"), rows.encoder.width, len(rows.labels), seed_of(run))
-    holdout = None
-    if group.rank == 0:  # 3
+    learner = trainable_part(model)
+    opened = opened._replace(x=fixed_features(model, opened.x))
+    rehearse(learner, opened.x)  # 4
+    audit = None
+    if group.rank == 0:
+        audit = RunAudit(
+            plan, model, rows.encoder.width, len(rows.labels), run=run, secret=lease.checkpoint_key, engine=engine
+        )
+        opened = audit.canaries.among(opened)
         holdout = rows.load("holdout")
-        to_onnx(model, rows.encoder.width)
-    train(  # 4
-        model,
-        make_optimizer(model, rows.spec.training.optimizer, rows.spec.training.learning_rate),
-        x,
-        y,
-        PrivacyPlan.from_dict(lease.plan),
+        if attempt.checkpoint is None:
+            to_onnx(model, rows.encoder.width)
+    optimizer = make_optimizer(learner, rows.spec.training.optimizer, rows.spec.training.learning_rate)
+    checkpoints = _Checkpoints(authority, run, attempt, lease, learner, optimizer)
+    checkpoints.restore()  # 5
+    train(  # 6
+        learner,
+        optimizer,
+        opened.x,
+        opened.y,
+        plan,
         run=run,
-        attempt=1,
+        attempt=attempt.number,
         rank=group.rank,
         world_size=group.world_size,
         secret=fresh_secret(),
         all_reduce=group.all_reduce,
-        commit_block=_committer(authority, run, group),
-        on_step=_reporter(authority, run, lease.plan) if group.rank == 0 else None,
+        commit_block=_committer(authority, run, attempt, group),
+        shards=opened.shards,
+        checkpoint=checkpoints.save if group.rank == 0 else None,
+        on_step=_reporter(authority, run, attempt, lease.plan) if group.rank == 0 else None,
+        resume_from=attempt.resume_from,
+        block_steps=block_steps,
+        engine=engine,
     )
-    return _publish(authority, run, lease, rows, model, *holdout) if holdout else None  # 5
+    return _publish(authority, run, attempt, lease, rows, model, holdout, audit) if audit else None  # 7
 
 
-def _committer(authority: AuthorityClient, run: str, group: Group) -> Callable[[int, int], None]:
+def _from_rank_0(group: Group, act: Callable[[], Any]) -> Any:
+    """What `act` gives on rank 0, as JSON, on every rank; or what it failed with, raised on every rank."""
+    failure: Exception | None = None
+    said: dict[str, Any] = {}
+    if group.rank == 0:
+        try:
+            said = {"value": act()}
+        except Exception as error:  # noqa: BLE001  (whatever it is, the other ranks must not wait for ever)
+            failure, said = error, {"error": describe(error)}
+    told = json.loads(group.share(canonical_json(said)))
+    if "error" in told:
+        raise failure or from_dict(told["error"])
+    return told["value"]
+
+
+def _committer(
+    authority: AuthorityClient, run: str, attempt: Attempt, group: Group
+) -> Callable[[int, int], None]:  # fmt: skip
     def commit(first: int, stop: int) -> None:
-        refusal: Exception | None = None
-        if group.rank == 0:
-            try:
-                authority.post(f"/v1/runs/{run}/blocks", {"first": first, "last": stop})
-            except Exception as error:  # noqa: BLE001  (whatever it is, the other ranks must not wait for ever)
-                refusal = error
-        if not group.agree(refusal is None):
-            raise refusal or ConflictError("the ledger did not take the next steps", "see what rank 0 reported")
+        body = {"attempt": attempt.number, "first": first, "last": stop}
+        _from_rank_0(group, lambda: authority.post(f"/v1/runs/{run}/blocks", body))
 
     return commit
 
 
-def _reporter(authority: AuthorityClient, run: str, plan: dict[str, Any]) -> Callable[[int], None]:
-    """Tell people how far it is, in rows as planned (q·N a step): realised batch sizes are private."""
+class _Checkpoints:
+    """The run's sealed checkpoints, in the store of its data; the newest is on the authority's record."""
+
+    def __init__(
+        self, authority: AuthorityClient, run: str, attempt: Attempt, lease: TrainingLease, model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:  # fmt: skip
+        self._authority, self._run, self._attempt, self._lease = authority, run, attempt, lease
+        self._model, self._optimizer = model, optimizer
+        self._blobs = open_blobs(lease.blobs)
+        self._older = [attempt.checkpoint.blob] if attempt.checkpoint else []
+
+    def restore(self) -> None:
+        """Go back to where the attempt goes on from, if it is not the beginning.
+
+        Raises:
+            IntegrityError: the store holds something else than what was registered, or it does not fit.
+        """
+        kept = self._attempt.checkpoint
+        if (kept.step if kept else 0) != self._attempt.resume_from:
+            raise IntegrityError("the checkpoint is not where the attempt goes on from", "submit the run again")
+        if kept is None:
+            return
+        sealed = self._blobs.get(kept.blob)
+        if sha256_hex(sealed) != kept.sha256:
+            raise IntegrityError("the checkpoint changed since it was registered", "submit the run again")
+        checkpoint.restore(
+            sealed, self._model, self._optimizer, kept.step,
+            key=self._lease.checkpoint_key, context=self._context(kept.blob),
+        )  # fmt: skip
+
+    def save(self, step: int) -> None:
+        """Seal, upload, register, and only then remove the one before: at every moment the registered one is there."""
+        path = checkpoint.checkpoint_path(self._run, self._attempt.number, step)
+        sealed = checkpoint.save(
+            self._model, self._optimizer, step, key=self._lease.checkpoint_key, context=self._context(path)
+        )
+        # A store that is away costs steps if workers die before the next checkpoint; it does not cost the run.
+        with suppress(UnavailableError):
+            self._blobs.put(path, sealed)
+            body = {"attempt": self._attempt.number, "step": step, "blob": path, "sha256": sha256_hex(sealed)}
+            self._older.append(path)  # before the answer: it may be on record although none comes
+            self._authority.post(f"/v1/runs/{self._run}/checkpoints", body)
+            while len(self._older) > 1:
+                self._blobs.remove(self._older[0])
+                del self._older[0]
+
+    def _context(self, path: str) -> dict[str, str]:
+        """Its path names run, attempt and step: a checkpoint opens nowhere else."""
+        return self._lease.checkpoint_context | {"blob": path}
+
+
+def _reporter(authority: AuthorityClient, run: str, attempt: Attempt, plan: dict[str, Any]) -> Callable[[int], None]:
+    """Tell people how far it is, in rows as planned (q·N a step): realised batch sizes are private. In two digits, or
+    how long single steps took, and so how many rows they had, could be told from the differences.
+    """
     started = last = time.monotonic()
     first_step: int | None = None
 
@@ -117,66 +227,19 @@ def _reporter(authority: AuthorityClient, run: str, plan: dict[str, Any]) -> Cal
             last = now
             rows_per_s = (done - first_step) * plan["sample_rate"] * plan["rows"] / (now - started)
             with suppress(UnavailableError):  # the run has paid for its steps: it does not die for a report
-                authority.post(f"/v1/runs/{run}/progress", {"steps_done": done, "rows_per_s": rows_per_s})
+                body = {"attempt": attempt.number, "steps_done": done, "rows_per_s": float(f"{rows_per_s:.2g}")}
+                authority.post(f"/v1/runs/{run}/progress", body)
 
     return report
 
 
-class _Rows:
-    """The rows that one lease opens."""
-
-    def __init__(self, lease: TrainingLease) -> None:
-        self.manifest = signed_manifest(lease.manifest, lease.owner_key)
-        self.spec = TrainingSpec.parse(lease.spec)
-        self._schema = schema = DatasetSchema.from_mapping(self.manifest.dataset_schema)
-        self.features = schema.feature_columns(self.spec.features)
-        self.encoder = FeatureEncoder(self.features)
-        self.labels = schema.column(self.spec.label).values or ()
-        self._wanted = {column.name for column in self.features} | {self.spec.label}
-        self._region = schema.region
-        self._keys = lease.keys
-        self._blobs = open_blobs(lease.blobs)
-
-    def load(self, role: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs [N, D] float32 and labels [N] int64 of this lease's shards of one role."""
-        files = [file for file in self.manifest.files if file.role == role and file.ref in self._keys]
-        shards: dict[str, dict[str, npt.NDArray[Any]]] = {}
-        # Two at a time: one is hashed, or fetched, while the other is decrypted.
-        with ThreadPoolExecutor(2) as threads:
-            for file, columns in zip(files, threads.map(self._open, files), strict=True):
-                shards.setdefault(file.shard, {}).update(columns)
-        names = sorted(self._wanted)
-        columns = {name: np.concatenate([shards[shard][name] for shard in sorted(shards)]) for name in names}
-        inputs = torch.from_numpy(self.encoder.encode(columns))
-        return inputs, torch.from_numpy(columns[self.spec.label].astype(np.int64))
-
-    def _open(self, file: SealedFile) -> dict[str, npt.NDArray[Any]]:
-        columns = [name for name in file.columns if name in self._wanted]
-        if not columns:
-            return {}
-        sealed = self._blobs.get(file.path)
-        if sha256_hex(sealed) != file.sha256:
-            raise IntegrityError(
-                f"shard {file.key_name} of {self.manifest.name}@{self.manifest.version} changed since it was sealed",
-                f"check the dataset: cloister data verify {self.manifest.name}@{self.manifest.version}",
-            )
-        aad = shard_aad(self.manifest.name, file.sealed_in, file.part, file.shard, self._region)
-        table = open_table(sealed, self._keys[file.ref], aad, columns)
-        return {name: stored_array(table.column(name), self._schema.column(name)) for name in columns}
-
-
 def _publish(
-    authority: AuthorityClient,
-    run: str,
-    lease: TrainingLease,
-    rows: _Rows,
-    model: torch.nn.Module,
-    x: torch.Tensor,
-    y: torch.Tensor,
-) -> dict[str, Any]:
+    authority: AuthorityClient, run: str, attempt: Attempt, lease: TrainingLease, rows: Rows, model: torch.nn.Module,
+    holdout: Opened, audit: RunAudit,
+) -> dict[str, Any]:  # fmt: skip
     accuracy = private_accuracy(
-        evaluate(model, x, y),
-        len(y),
+        evaluate(model, holdout.x, holdout.y),
+        len(holdout.y),
         lease.evaluation_epsilon,
         rows_per_unit=PrivacyPlan.from_dict(lease.plan).rows_per_unit,
     )
@@ -192,13 +255,20 @@ def _publish(
     ).to_bytes()
     assert lease.model_key is not None  # noqa: S101  (rank 0's lease has it)
     sealed = seal(lease.model_key, onnx, lease.seal_context)
-    path = f"models/{run}/model.onnx.sealed"
-    open_blobs(lease.blobs).put(path, sealed)
+    # Nothing is written twice: an attempt that died right here has left its own behind.
+    path = f"models/{run}/model-{attempt.number}.onnx.sealed"
+    blobs = open_blobs(lease.blobs)
+    blobs.put(path, sealed)
     body = {
         "manifest": b64(manifest),
         "model_sha256": sha256_hex(onnx),
         "blob": path,
         "blob_sha256": sha256_hex(sealed),
         "holdout_accuracy": accuracy,
+        "audit": audit.of(model),
     }
-    return dict(authority.post(f"/v1/runs/{run}/model", body))
+    registered = dict(authority.post(f"/v1/runs/{run}/model", body))
+    with suppress(UnavailableError):  # checkpoints, and what attempts that died have left
+        for left in set(blobs.list(f"models/{run}")) - {path}:
+            blobs.remove(left)
+    return registered

@@ -1,8 +1,10 @@
 """One Ray Train worker: `work` between a process group of our own and the authority.
 
-Guarantees: what Ray sees of a worker is the path of the run's folder; an error reaches the authority's record and
-Ray's logs as one of ours, since the text of a foreign exception can quote a row. The ranks find each other through a
-file that only this user can reach, and every socket between them is on loopback.
+Guarantees: what Ray sees of a worker is the path of the run's folder; an error reaches the authority's record as one
+of ours, since the text of a foreign exception can quote a row. Ray starts the ranks again when one of them was killed,
+and never because of what went wrong in one: that is not told to Ray, for it would go wrong again and be charged again.
+The ranks of each start find each other through a file of their own that only this user can reach, and every socket
+between them is on loopback.
 
 Does not guarantee anything against other users of this host: gloo's connections are not authenticated, so an account
 on the same machine can disturb them. What crosses them is sums that already carry their ranks' noise.
@@ -12,25 +14,42 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
-import ray
 import torch
 import torch.distributed as dist
 from ray import train
-from ray.train.backend import Backend
+from ray.train.backend import Backend, BackendConfig
 from ray.train.torch import TorchConfig
 
+from cloister.client.authority import AuthorityClient
 from cloister.cluster.guardian import MARKER
-from cloister.errors import CloisterError
-from cloister.process import describe
+from cloister.errors import CloisterError, ConflictError
 from cloister.training.code import code_digest
-from cloister.training.run import RunFolder
-from cloister.training.work import work
+from cloister.training.run import ENDED, RunFolder
+from cloister.training.work import open_attempt, work
 
-COLLECTIVE_TIMEOUT_S = 300  # a rank that waits longer for the others gives up, and the run ends
+COLLECTIVE_TIMEOUT_S = 300  # a rank that waits longer for the others gives up, and Ray starts them all again
+MEETING = "CLOISTER_MEETING"  # names the file in which the ranks of one start find each other
+
+
+class BrokenGroupError(Exception):
+    """Another rank is gone. Its text is ours: what gloo says names addresses."""
+
+
+class Meeting(Backend):
+    """Tells the ranks, each time that Ray starts them, where to meet: never those of a start before."""
+
+    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:  # noqa: ARG002  (Ray's signature)
+        worker_group.execute(_meet_at, secrets.token_hex(8))
+
+
+def _meet_at(name: str) -> None:
+    os.environ[MEETING] = name
 
 
 class NoProcessGroup(TorchConfig):
@@ -38,29 +57,38 @@ class NoProcessGroup(TorchConfig):
 
     @property
     def backend_cls(self) -> type[Backend]:
-        return Backend
+        return Meeting
 
 
 @contextlib.contextmanager
 def process_group() -> Iterator[TorchGroup]:
-    """Join the other ranks of this job, all on this host, and leave at the end. One rank alone needs no group."""
+    """Join the other ranks of this start, all on this host, and leave at the end. One rank alone needs no group."""
     group = TorchGroup()
     if group.world_size == 1:
         yield group
         return
-    # One file a job: who submits a second job to a held cluster must not meet the ranks of the first.
-    file = Path(os.environ[MARKER]) / f"ranks-{ray.get_runtime_context().get_job_id()}"
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{file}",
-        rank=group.rank,
-        world_size=group.world_size,
-        timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
-    )
+    file = Path(os.environ[MARKER]) / f"ranks-{os.environ[MEETING]}"
+    with _broken():
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{file}",
+            rank=group.rank,
+            world_size=group.world_size,
+            timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
+        )
     try:
         yield group
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _broken() -> Iterator[None]:
+    """What fails while ranks talk to each other fails because one of them is gone."""
+    try:
+        yield
+    except RuntimeError:
+        raise BrokenGroupError("another rank is gone") from None
 
 
 class TorchGroup:
@@ -73,33 +101,54 @@ class TorchGroup:
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         if self.world_size > 1:
-            dist.all_reduce(tensor)
+            with _broken():
+                dist.all_reduce(tensor)
 
-    def agree(self, ok: bool) -> bool:
+    def share(self, message: bytes) -> bytes:
         if self.world_size == 1:
-            return ok
-        flag = torch.tensor([int(ok)])
-        dist.broadcast(flag, src=0)
-        return bool(flag.item())
+            return message
+        with _broken():
+            size = torch.tensor([len(message)])
+            dist.broadcast(size, src=0)
+            content = torch.zeros(int(size), dtype=torch.uint8)
+            if self.rank == 0:
+                content = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+            dist.broadcast(content, src=0)
+        return content.numpy().tobytes()
 
 
 def train_worker(config: dict[str, str]) -> None:
-    """Ray Train's entry point, once in each worker. `config` holds the paths of the run's folder and of the jobs."""
+    """Ray Train's entry point, once in each worker at each start. `config` has the paths of the run and of the jobs.
+
+    Raises:
+        BrokenGroupError: another rank is gone although the run goes on: Ray is to start all of them again.
+        UnavailableError: the authority could not be told why this rank ends.
+    """
     torch.set_num_threads(1)
     folder = RunFolder.open(Path(config["folder"]))
     client = folder.client()
-    failure: CloisterError | None = None
-    with contextlib.ExitStack() as stack:
-        try:
-            group = stack.enter_context(process_group())
-            work(client, folder.run, code_digest(Path(config["jobs"])), group)
-        except CloisterError as error:
-            failure = error
-        except Exception as error:  # noqa: BLE001  (the edge: its text may quote data, only its type goes on)
-            failure = CloisterError(
-                f"the worker failed with {type(error).__name__}", "report this to the platform's team"
-            )
-        if failure:
-            # Before the group ends: that breaks the other ranks' collectives, and the first report is what is kept.
-            client.post(f"/v1/runs/{folder.run}/failure", {"error": describe(failure)})
-            raise failure
+    try:
+        with process_group() as group:
+            _work(folder, client, Path(config["jobs"]), group)
+    except BrokenGroupError:
+        if client.get(f"/v1/runs/{folder.run}")["state"] not in ENDED:
+            raise
+
+
+def _work(folder: RunFolder, client: AuthorityClient, jobs: Path, group: TorchGroup) -> None:
+    """One attempt. What goes wrong is reported before the group ends: that wakes the others up, and they ask."""
+    number: int | None = None
+    try:
+        code = code_digest(jobs)
+        attempt = open_attempt(client, folder.run, code, group)
+        number = attempt.number
+        work(client, folder.run, code, group, attempt)
+        return
+    except BrokenGroupError:
+        raise
+    except CloisterError as error:
+        failure = error
+    except Exception as error:  # noqa: BLE001  (the edge: its text may quote data, only its type goes on)
+        failure = CloisterError(f"the worker failed with {type(error).__name__}", "report this to the platform's team")
+    with contextlib.suppress(ConflictError):  # this attempt is over, and another one goes on
+        folder.end(failure, number)

@@ -1,0 +1,103 @@
+"""What a run costs: its plan before, and what its committed steps have come to after.
+
+Guarantees: epsilon is what both accountants say of all the steps, those that were run again too, and never less; no
+step costs less than it did before; accounting takes a core for seconds, so one is done at a time and its results are
+kept, and whoever asks for a new one is not within a transaction.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from cloister.datasets.manifest import DatasetManifest
+from cloister.datasets.schema import DatasetSchema
+from cloister.errors import InputError, UnavailableError
+from cloister.privacy.plan import BLOCK_STEPS, PrivacyPlan, make_plan, planned_steps
+from cloister.privacy.spec import TrainingSpec
+
+# Accounting takes a core for seconds and up to a gigabyte: one at a time, whoever asks.
+_ACCOUNTING = threading.Lock()
+_PLANS = threading.BoundedSemaphore(4)  # who waits for a plan holds a thread of the server's
+EVALUATION_EPSILON = 1.0
+MAX_STEPS = 50_000  # accounting for this many takes about 20 s of a core, inside one request
+
+
+def plan_for(spec: TrainingSpec, manifest: DatasetManifest) -> PrivacyPlan:
+    """The plan of a spec over a dataset's training rows.
+
+    Raises:
+        InputError: too many steps, or as `make_plan`.
+        UnavailableError: others are waiting for theirs.
+    """
+    rows = manifest.rows("train")
+    rows_per_unit = DatasetSchema.from_mapping(manifest.dataset_schema).rows_per_unit
+    if spec.training.epochs * rows / spec.training.expected_batch_size > MAX_STEPS:
+        raise InputError(
+            f"a run has at most {MAX_STEPS:,} steps", "lower training.epochs or raise training.expected_batch_size"
+        )
+    if not _PLANS.acquire(blocking=False):
+        raise UnavailableError("other plans are being computed", "try again in a few seconds")
+    try:
+        with _ACCOUNTING:
+            return _cached_plan(
+                spec.privacy.epsilon, spec.privacy.delta, spec.privacy.max_grad_norm, spec.training.epochs,
+                spec.training.expected_batch_size, rows, rows_per_unit, spec.training.retries,
+            )  # fmt: skip
+    finally:
+        _PLANS.release()
+
+
+@lru_cache(maxsize=64)
+def _cached_plan(
+    epsilon: float, delta: float, max_grad_norm: float, epochs: float, expected_batch_size: int, rows: int,
+    rows_per_unit: int, retries: int,
+) -> PrivacyPlan:  # fmt: skip
+    return make_plan(
+        epsilon=epsilon, delta=delta, max_grad_norm=max_grad_norm, epochs=epochs,
+        expected_batch_size=expected_batch_size, rows=rows, rows_per_unit=rows_per_unit,
+        # A death costs the block that was open, or all there is.
+        redo_steps=retries * min(BLOCK_STEPS, planned_steps(epochs, expected_batch_size, rows)),
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _accounts_after(plan: PrivacyPlan, steps: int) -> Mapping[str, float]:
+    return plan.accounts_after(steps)
+
+
+def accounts(plan: dict[str, Any], steps: int) -> dict[str, float]:
+    """What each accountant says of `steps` steps of a plan."""
+    with _ACCOUNTING:
+        return dict(_accounts_after(PrivacyPlan.from_dict(plan), steps))
+
+
+def evaluation_epsilon(plan: dict[str, Any]) -> float:
+    """The epsilon of publishing the holdout accuracy. No unit is trained on too, so it composes in parallel."""
+    return min(EVALUATION_EPSILON, float(plan["epsilon"]))
+
+
+def settle(plan: dict[str, Any], steps: int) -> tuple[float, float]:
+    """The (epsilon, delta) that `steps` committed steps of a plan cost, those that were run again counted again.
+
+    Nothing for none; never above the plan for as many as planned, nor above what it is at most.
+    """
+    if steps == 0:
+        return 0.0, 0.0
+    known = PrivacyPlan.from_dict(plan)
+    whole = max(known.epsilon_certified, evaluation_epsilon(plan))
+    if steps == known.steps:
+        return whole, known.delta
+    epsilon = max(accounts(plan, steps).values())
+    # Two accountants on two grids: fewer steps never cost more, whatever their last digits say.
+    if steps < known.steps:
+        return min(epsilon, known.epsilon), known.delta
+    most = known.epsilon_at_most if steps <= known.steps + known.redo_steps else epsilon
+    return max(min(epsilon, most), whole), known.delta
+
+
+def rest_of(run: Any) -> int:
+    """How many steps a run comes to, over all attempts, if the one that is under way does all of its rest."""
+    return int(run.steps_committed + run.plan["steps"] - run.position)

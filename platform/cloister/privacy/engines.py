@@ -1,0 +1,24 @@
+"""The clipping engines by the names that a spec knows."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from cloister.errors import InputError
+from cloister.privacy.clipping import BookkeepingGradients, ClippedGradients, ClippingOptions
+from cloister.privacy.opacus_engine import GhostClippedGradients
+
+
+def clipping_engine(
+    name: str, model: nn.Module, max_grad_norm: float, options: ClippingOptions | None = None
+) -> ClippedGradients:
+    """The engine `name` around `model`, until its `close`.
+
+    Raises:
+        InputError: no such engine, or a layer that it cannot train privately.
+    """
+    if name == "bookkeeping":
+        return BookkeepingGradients(model, max_grad_norm, options)
+    if name == "opacus":
+        return GhostClippedGradients(model, max_grad_norm, options)
+    raise InputError("there is no such engine", "use engine: bookkeeping, or opacus")

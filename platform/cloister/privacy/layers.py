@@ -1,0 +1,440 @@
+# ruff: noqa: N803, N806 - the letters after a tensor's name are its shape
+"""The gradient of each row, by layer type, in whatever form is cheapest: the book-keeping of Bu, Wang, Zha and Karypis.
+
+Guarantees: for one call of one supported layer, with its input a and the gradient g of the rows' summed loss with
+respect to its output, `row_gradients` describes the gradient of every parameter for every row, without a second
+backward pass (arXiv 2210.00038). A description knows two things of itself: the squared norm for each row, in float32
+or float64 whatever the precision of a and g, and the sum over rows under weights that are given later.
+
+    Products    Σ_t g_t ⊗ a_t: the weight of a linear layer. Norms from T × T Gram matrices (Goodfellow, arXiv
+                1510.01799; Li et al., arXiv 2110.05679) or from the gradients themselves, whichever multiplies less
+    Lookups     Σ_t g_t at row id_t: an embedding. Norms from what each id gets, added up
+    Rows        the gradients themselves: biases, normalisation, convolution
+
+Norms over several positions cancel where the positions do, and what is left of them may be rounding alone. So each
+comes with its scale, what it would be if nothing cancelled (of lookups: if their parts were orthogonal). Below
+`CANCELLED` of it the norm is computed again, in float64 (`in_double`), and below `FLOOR` of it, it counts as that much:
+the row is clipped more than it need be, as its part in the sum is not known any better. Long norms are summed up in
+short pieces.
+
+Not promised: anything for layers outside of `RULES`; `clipping` refuses those by name. Norms over several positions of
+inputs below 1e-19, whose squares vanish in float32, under gradients beyond 1e13.
+
+Shapes: B rows, T positions of one row, D inputs, P outputs, V words, G groups of a convolution, K
+elements of its kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+# Of float32 products of vectors of thousands of elements, 4e-6 of the scale are rounding: 4e-5 of such a norm.
+CANCELLED = 0.05
+# A sum in float32 of what cancels to a thousandth of its length is off by 1e-4 of what is left.
+FLOOR = 1e-6
+# The same where the sum's weights are good for 16 bits (`_exact_product`).
+_HALVES_FLOOR = 6e-3
+# Positions from which two products of half the size take less than one.
+_WORTH_HALVING = 32
+# Elements that are summed up at once: float32 sums of a million are off by a percent.
+_PIECE = 1024
+# What one piece of a convolution's patches may hold: it should fit the cache of a core.
+_PATCH_BYTES = 2 * 1024 * 1024
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+# PyTorch multiplies float32 matrices with MKL, which is half as fast as oneDNN on processors that are not Intel's
+# (benchmarks/results). No public function leads to oneDNN; this is the one that compiled models call for linear layers.
+_ONEDNN: Callable[..., torch.Tensor] | None = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+# Below, it does not pay for what oneDNN prepares for each new shape: the last microbatch of a batch often has one.
+_WORTH_ONEDNN = 1e8
+
+
+class Squares(NamedTuple):
+    """Squared norms for each row, and their scales: [B] each; and the part of its scale that a norm is at least."""
+
+    value: torch.Tensor
+    scale: torch.Tensor
+    floor: float = FLOOR
+
+
+class RowGradients(Protocol):
+    """The gradients of one parameter for each row of a batch."""
+
+    def squares(self) -> Squares:
+        """The squared norms."""
+
+    def in_double(self, rows: torch.Tensor) -> RowGradients:
+        """The same of some rows, to compute with in float64. `rows`: which, [B] bool."""
+
+    def weighted_sum(self, weights_B: torch.Tensor) -> torch.Tensor:
+        """The sum over rows, each times its weight, float32, in the shape of the parameter."""
+
+    def add_weighted_sum(self, weights_B: torch.Tensor, total: torch.Tensor) -> None:
+        """The same, added to `total` in place: where it can, without another tensor of that size."""
+
+    def instantiate(self) -> torch.Tensor:
+        """The gradients themselves, [B, *parameter]."""
+
+
+class _Added:
+    """`add_weighted_sum` of those that have no better way."""
+
+    def weighted_sum(self, weights_B: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def add_weighted_sum(self, weights_B: torch.Tensor, total: torch.Tensor) -> None:
+        total += self.weighted_sum(weights_B)
+
+
+class Rows(_Added):
+    """Gradients that are small, or that are needed anyway."""
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        self._rows = rows
+        self._norms_B: torch.Tensor | None = None
+
+    def norms(self) -> torch.Tensor:
+        if self._norms_B is None:
+            self._norms_B = _norms(self._rows.flatten(1))
+        return self._norms_B
+
+    def squares(self) -> Squares:
+        squares_B = self.norms().square()
+        return Squares(squares_B, squares_B)
+
+    def in_double(self, rows: torch.Tensor) -> Rows:
+        return Rows(self._rows[rows].double())
+
+    def weighted_sum(self, weights_B: torch.Tensor) -> torch.Tensor:
+        return (weights_B @ self._rows.flatten(1)).reshape(self._rows.shape[1:])
+
+    def instantiate(self) -> torch.Tensor:
+        return self._rows
+
+
+class Products(_Added):
+    """Σ_t g_t ⊗ a_t of the rows of a_BTD and g_BTP, for a parameter of P × D elements in the shape `shape`."""
+
+    def __init__(
+        self, a_BTD: torch.Tensor, g_BTP: torch.Tensor, shape: torch.Size, g_rows: Rows | None = None
+    ) -> None:  # fmt: skip
+        """`g_rows` are g of a single position, where their squares are needed elsewhere too."""
+        self.a_BTD, self.g_BTP = a_BTD, g_BTP
+        self._shape, self._g_rows = shape, g_rows or Rows(g_BTP)
+        self._kept: Rows | None = None
+
+    def squares(self) -> Squares:
+        positions, inputs, outputs = self.a_BTD.shape[1], self.a_BTD.shape[2], self.g_BTP.shape[2]
+        if positions == 1:  # norms first: a square alone may be too small for float32
+            squares_B = (_norms(self.a_BTD.flatten(1)) * self._g_rows.norms()).square()
+            return Squares(squares_B, squares_B)
+        if positions * (inputs + outputs) <= inputs * outputs:
+            found = _squares_of_products(self.a_BTD, self.g_BTP)
+            return found._replace(floor=_HALVES_FLOOR) if _in_halves(self.a_BTD) else found
+        self._kept = Rows(self.instantiate())  # the weighted sum comes from the same numbers, and is cheap then
+        return self._kept.squares()
+
+    def in_double(self, rows: torch.Tensor) -> Products:
+        return Products(self.a_BTD[rows].double(), self.g_BTP[rows].double(), self._shape)
+
+    def weighted_sum(self, weights_B: torch.Tensor) -> torch.Tensor:
+        if self._kept is not None:
+            return self._kept.weighted_sum(weights_B)
+        return _exact_product(*self._weighted(weights_B)).reshape(self._shape)
+
+    def add_weighted_sum(self, weights_B: torch.Tensor, total: torch.Tensor) -> None:
+        if self._kept is not None or self.a_BTD.dtype != torch.float32 or self.g_BTP.dtype != torch.float32:
+            super().add_weighted_sum(weights_B, total)
+            return
+        _add_product(total.view(self._shape[0], -1), *self._weighted(weights_B))
+
+    def _weighted(self, weights_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """g as [P, N] and a as [N, D], with N = B·T; the one that is smaller in float32 and times its row's weight."""
+        a, g, weights = self.a_BTD, self.g_BTP, weights_B[:, None, None]
+        a, g = (a.float() * weights, g) if a.shape[2] < g.shape[2] else (a, g.float() * weights)
+        return g.flatten(0, 1).mT, a.flatten(0, 1)
+
+    def instantiate(self) -> torch.Tensor:
+        return _product(self.g_BTP.mT, self.a_BTD).reshape(-1, *self._shape)
+
+
+class Lookups:
+    """g_BTD, each added to the row id_BT of a parameter [V, D]."""
+
+    def __init__(self, id_BT: torch.Tensor, g_BTD: torch.Tensor, words: int) -> None:
+        self.id_BT, self.g_BTD = id_BT, g_BTD
+        self._words = words
+        self._added_BTD: torch.Tensor | None = None
+
+    def squares(self) -> Squares:
+        value_B, scale_B = (_norms(each.flatten(1)).square() for each in (self._added(), _at_least_single(self.g_BTD)))
+        return Squares(value_B, scale_B)
+
+    def _added(self) -> torch.Tensor:
+        """[B, T, D]: what each id gets in a row, at the first position that has it; zeros elsewhere."""
+        if self._added_BTD is None:
+            rows, positions = self.id_BT.shape
+            first_BT = (self.id_BT.unsqueeze(2) == self.id_BT.unsqueeze(1)).to(torch.uint8).argmax(2)
+            place_BT = first_BT + positions * torch.arange(rows, device=first_BT.device).unsqueeze(1)
+            g_ND = _at_least_single(self.g_BTD).flatten(0, 1)
+            added_ND = g_ND.new_zeros(g_ND.shape).index_add_(0, place_BT.flatten(), g_ND)
+            self._added_BTD = added_ND.view(rows, positions, -1)
+        return self._added_BTD
+
+    def in_double(self, rows: torch.Tensor) -> Lookups:
+        return Lookups(self.id_BT[rows], self.g_BTD[rows].double(), self._words)
+
+    def weighted_sum(self, weights_B: torch.Tensor) -> torch.Tensor:
+        sum_VD = weights_B.new_zeros((self._words, self.g_BTD.shape[2]))
+        self.add_weighted_sum(weights_B, sum_VD)
+        return sum_VD
+
+    def add_weighted_sum(self, weights_B: torch.Tensor, total: torch.Tensor) -> None:
+        # One number for each id of a row, as for its norm: added one by one, many would round the same way.
+        weighted_BTD = self._added() * weights_B[:, None, None]
+        total.index_add_(0, self.id_BT.flatten(), weighted_BTD.flatten(0, 1))
+
+    def instantiate(self) -> torch.Tensor:
+        rows, inputs = self.g_BTD.shape[0], self.g_BTD.shape[2]
+        g_BTD = _at_least_single(self.g_BTD)
+        rows_BVD = g_BTD.new_zeros((rows, self._words, inputs))
+        return rows_BVD.scatter_add(1, self.id_BT.unsqueeze(2).expand_as(g_BTD), g_BTD)
+
+
+class Tied(_Added):
+    """The sum of several gradients of one parameter: a layer called twice, or a weight that two layers share."""
+
+    def __init__(self, parts: list[RowGradients]) -> None:
+        self._parts = parts
+        self._kept: Rows | None = None
+
+    def squares(self) -> Squares:
+        if len(self._parts) == 2:
+            for lookups, products in (self._parts, self._parts[::-1]):
+                if isinstance(lookups, Lookups) and isinstance(products, Products):
+                    one, other = lookups.squares(), products.squares()
+                    both_B = one.value + other.value + 2 * _inner(lookups, products)
+                    return Squares(both_B, one.scale + other.scale, max(one.floor, other.floor))
+        self._kept = Rows(self.instantiate())
+        return self._kept.squares()
+
+    def in_double(self, rows: torch.Tensor) -> Tied:
+        return Tied([part.in_double(rows) for part in self._parts])
+
+    def weighted_sum(self, weights_B: torch.Tensor) -> torch.Tensor:
+        if self._kept is not None:
+            return self._kept.weighted_sum(weights_B)
+        return torch.stack([part.weighted_sum(weights_B) for part in self._parts]).sum(0)
+
+    def instantiate(self) -> torch.Tensor:
+        return torch.stack([part.instantiate() for part in self._parts]).sum(0)
+
+
+@dataclass(slots=True)
+class Use:
+    """One call of a layer: its input, its output, and, once the backward pass is done, the output's gradient."""
+
+    name: str
+    layer: nn.Module
+    a: torch.Tensor
+    output: torch.Tensor
+    version: int
+    g: torch.Tensor | None = None
+
+
+def row_gradients(use: Use) -> dict[str, RowGradients]:
+    """The gradients of the layer's own trainable parameters, by their names."""
+    assert use.g is not None  # noqa: S101  (set by the backward pass)
+    # As the layer computed: under autocast its input was rounded to the precision of its output.
+    a = use.a.to(use.g.dtype) if use.a.is_floating_point() else use.a
+    found = RULES[type(use.layer)](use.layer, a, use.g)
+    trainable = {name for name, parameter in use.layer.named_parameters(recurse=False) if parameter.requires_grad}
+    return {name: rows for name, rows in found.items() if name in trainable}
+
+
+def _linear(layer: nn.Module, a: torch.Tensor, g: torch.Tensor) -> dict[str, RowGradients]:
+    assert isinstance(layer, nn.Linear)  # noqa: S101
+    a_BTD, g_BTP = a.reshape(len(a), -1, a.shape[-1]), g.reshape(len(g), -1, g.shape[-1])
+    if g_BTP.shape[1] == 1:
+        bias = Rows(g_BTP.squeeze(1).float())
+        return {"weight": Products(a_BTD, g_BTP, layer.weight.shape, bias), "bias": bias}
+    bias = Rows(g_BTP.sum(1, dtype=torch.float32))
+    return {"weight": Products(a_BTD, g_BTP, layer.weight.shape), "bias": bias}
+
+
+def _embedding(layer: nn.Module, a: torch.Tensor, g: torch.Tensor) -> dict[str, RowGradients]:
+    assert isinstance(layer, nn.Embedding)  # noqa: S101
+    id_BT = a.reshape(len(a), -1)
+    g_BTD = g.reshape(*id_BT.shape, -1)
+    if layer.padding_idx is not None:
+        g_BTD = g_BTD * (id_BT != layer.padding_idx).unsqueeze(2)
+    return {"weight": Lookups(id_BT, g_BTD, layer.num_embeddings)}
+
+
+def _convolution(layer: nn.Module, a: torch.Tensor, g: torch.Tensor) -> dict[str, RowGradients]:
+    assert isinstance(layer, nn.Conv1d | nn.Conv2d)  # noqa: S101
+    if isinstance(layer, nn.Conv1d):  # the same in one dimension
+        a, g = a.unsqueeze(2), g.unsqueeze(2)
+    stride, dilation, kernel = ((1,) * (2 - len(v)) + v for v in (layer.stride, layer.dilation, layer.kernel_size))
+    padded = functional.pad(a, layer._reversed_padding_repeated_twice).contiguous()
+    inputs, outputs, patch = layer.in_channels // layer.groups, layer.out_channels // layer.groups, math.prod(kernel)
+    height, width = g.shape[2:]
+    s_B, s_C, s_H, s_W = padded.stride()
+    g_BGPT = g.reshape(len(g), layer.groups, outputs, height * width)
+
+    def patches(first: int, stop: int) -> torch.Tensor:
+        """[B, G, D·K, T]: one copy, no im2col."""
+        part = padded[first:stop]
+        view = part.as_strided(
+            (len(part), layer.groups, inputs, *kernel, height, width),
+            (s_B, inputs * s_C, s_C, s_H * dilation[0], s_W * dilation[1], s_H * stride[0], s_W * stride[1]),
+        )
+        return view.reshape(len(part), layer.groups, inputs * patch, height * width)
+
+    rows, positions = len(a), height * width
+    weight: RowGradients
+    if layer.groups == 1 and positions * (inputs * patch + outputs) <= inputs * patch * outputs:
+        weight = Products(patches(0, rows).squeeze(1).mT, g_BGPT.squeeze(1).mT, layer.weight.shape)
+    else:
+        row_bytes = max(1, a.element_size() * layer.in_channels * patch * positions)
+        piece = max(1, _PATCH_BYTES // row_bytes) if a.device.type == "cpu" else rows
+        found = [_product(g_BGPT[i : i + piece], patches(i, min(i + piece, rows)).mT) for i in range(0, rows, piece)]
+        weight = Rows(torch.cat(found).reshape(rows, *layer.weight.shape))
+    return {"weight": weight, "bias": Rows(g.flatten(2).sum(2, dtype=torch.float32))}
+
+
+def _normalised(a: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+    """What the layer multiplies its weight with."""
+    if isinstance(layer, nn.LayerNorm):
+        return functional.layer_norm(a.float(), layer.normalized_shape, eps=layer.eps)
+    if isinstance(layer, nn.GroupNorm):
+        return functional.group_norm(a.float(), layer.num_groups, eps=layer.eps)
+    assert isinstance(layer, nn.RMSNorm)  # noqa: S101
+    # Without an epsilon of its own the layer takes that of the precision that it computes in.
+    eps = layer.eps if layer.eps is not None else torch.finfo(a.dtype).eps
+    return functional.rms_norm(a.float(), list(layer.normalized_shape), eps=eps)
+
+
+def _last_dimensions_norm(layer: nn.Module, a: torch.Tensor, g: torch.Tensor) -> dict[str, RowGradients]:
+    assert isinstance(layer, nn.LayerNorm | nn.RMSNorm)  # noqa: S101
+    shape = layer.normalized_shape
+    return {
+        "weight": Rows((g.float() * _normalised(a, layer)).reshape(len(g), -1, *shape).sum(1)),
+        "bias": Rows(g.reshape(len(g), -1, *shape).sum(1, dtype=torch.float32)),
+    }
+
+
+def _group_norm(layer: nn.Module, a: torch.Tensor, g: torch.Tensor) -> dict[str, RowGradients]:
+    g_BPT, x_BPT = g.float().reshape(*g.shape[:2], -1), _normalised(a, layer).reshape(*g.shape[:2], -1)
+    return {"weight": Rows((g_BPT * x_BPT).sum(2)), "bias": Rows(g_BPT.sum(2))}
+
+
+# Exact types, since a subclass may compute something else. Each is tested against autograd, row by row.
+RULES: dict[type[nn.Module], Callable[[nn.Module, torch.Tensor, torch.Tensor], dict[str, RowGradients]]] = {
+    nn.Linear: _linear,
+    nn.Conv1d: _convolution,
+    nn.Conv2d: _convolution,
+    nn.Embedding: _embedding,
+    nn.LayerNorm: _last_dimensions_norm,
+    nn.RMSNorm: _last_dimensions_norm,
+    nn.GroupNorm: _group_norm,
+}
+
+
+def unsupported_option(layer: nn.Module) -> str | None:
+    """What a layer of a known type does beyond its rule, or None."""
+    if isinstance(layer, nn.Conv1d | nn.Conv2d) and layer.padding_mode != "zeros":
+        return f"padding_mode={layer.padding_mode!r}"
+    if isinstance(layer, nn.Embedding):
+        for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+            if getattr(layer, option):
+                return option
+    return None
+
+
+def _norms(x_BP: torch.Tensor) -> torch.Tensor:
+    """[B], in float32, or in float64 for float64. What squares too small for that may come to is added."""
+    x_BP = _at_least_single(x_BP)
+    whole = x_BP.shape[1] // _PIECE * _PIECE
+    norms_B: torch.Tensor = torch.linalg.vector_norm(x_BP[:, whole:], dim=1)
+    if whole:
+        pieces_BN = torch.linalg.vector_norm(x_BP[:, :whole].reshape(len(x_BP), -1, _PIECE), dim=2)
+        norms_B = (norms_B.square() + pieces_BN.square().sum(1)).sqrt()
+    return norms_B + math.sqrt(x_BP.shape[1] * torch.finfo(x_BP.dtype).tiny)
+
+
+def _at_least_single(t: torch.Tensor) -> torch.Tensor:
+    return t if t.dtype == torch.float64 else t.float()
+
+
+def _squares_of_products(a_BTD: torch.Tensor, g_BTP: torch.Tensor) -> Squares:
+    """Σ_s,t <a_s, a_t> · <g_s, g_t>. It is symmetric: the first half of the positions with the second counts twice, and
+    each half is the same again."""
+    rows, positions = a_BTD.shape[:2]
+    plain = a_BTD.is_cuda or not (a_BTD.is_contiguous() and g_BTP.is_contiguous())
+    if plain or positions % 2 or positions < _WORTH_HALVING:
+        return _of_gram(_product(a_BTD, a_BTD.mT) * _product(g_BTP, g_BTP.mT))
+    half = positions // 2
+    across_BTT = _product(a_BTD[:, :half], a_BTD[:, half:].mT) * _product(g_BTP[:, :half], g_BTP[:, half:].mT)
+    within = _squares_of_products(a_BTD.view(2 * rows, half, -1), g_BTP.view(2 * rows, half, -1))
+    across, (value_B, scale_B) = _of_gram(across_BTT), (each.view(rows, 2).sum(1) for each in within[:2])
+    return Squares(value_B + 2 * across.value, scale_B + 2 * across.scale)
+
+
+def _of_gram(products_BTT: torch.Tensor) -> Squares:
+    return Squares(products_BTT.sum((1, 2)), torch.linalg.vector_norm(products_BTT, ord=1, dim=(1, 2)))
+
+
+def _inner(lookups: Lookups, products: Products) -> torch.Tensor:
+    """The inner product of both gradients of a [V, D] weight, for each row: Σ_s,t products.g_t[id_s] · <a_t, g_s>."""
+    id_BTS = lookups.id_BT.unsqueeze(1).expand(-1, products.g_BTP.shape[1], -1)
+    picked_BTS = _at_least_single(products.g_BTP).gather(2, id_BTS)
+    return (picked_BTS * _product(products.a_BTD, lookups.g_BTD.mT)).sum((1, 2))
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b of batches of matrices, in float32 or float64: half precision would round norms down by a third."""
+    if a.is_cuda and a.dtype == b.dtype and a.dtype in _LOW_PRECISION and a.dim() == 3:
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return _at_least_single(a) @ _at_least_single(b)
+
+
+def _add_product(total_PD: torch.Tensor, g_PN: torch.Tensor, a_ND: torch.Tensor) -> None:
+    """total_PD += g_PN @ a_ND, in float32, by whichever of PyTorch's libraries is faster."""
+    multiplications = g_PN.numel() * a_ND.shape[1]
+    if _ONEDNN is None or g_PN.is_cuda or multiplications < _WORTH_ONEDNN:
+        torch.addmm(total_PD, g_PN, a_ND, out=total_PD)
+    elif len(g_PN) <= a_ND.shape[1]:
+        total_PD += _ONEDNN(g_PN, a_ND.mT, None, "none", [], "")
+    else:  # it wants the narrower one first
+        total_PD += _ONEDNN(a_ND.mT, g_PN, None, "none", [], "").mT
+
+
+def _in_halves(a: torch.Tensor) -> bool:
+    return a.is_cuda and a.dtype in _LOW_PRECISION
+
+
+def _exact_product(g_PN: torch.Tensor, a_ND: torch.Tensor) -> torch.Tensor:
+    """g_PN @ a_ND, of which the one that is weighted is float32, without rounding it to the precision of the other.
+
+    Rounded, a row's part in the sum would be longer than its norm says. Split into a high and a low half it is exact to
+    16 bits in bfloat16, and both halves run on tensor cores.
+    """
+    if not (_in_halves(g_PN) or _in_halves(a_ND)):
+        return g_PN.float() @ a_ND.float()
+    (g_high, g_low), (a_high, a_low) = _halves(g_PN, a_ND.dtype), _halves(a_ND, g_PN.dtype)
+    return torch.mm(g_high, a_high, out_dtype=torch.float32) + torch.mm(g_low, a_low, out_dtype=torch.float32)
+
+
+def _halves(t: torch.Tensor, low_precision: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """A float32 matrix as two of low precision whose sum it is; one of low precision, which goes with both, twice."""
+    if t.dtype in _LOW_PRECISION:
+        return t, t
+    high = t.to(low_precision)
+    return high, (t - high.float()).to(low_precision)

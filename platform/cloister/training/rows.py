@@ -1,0 +1,81 @@
+"""The rows that one lease opens: fetched, checked, decrypted, encoded.
+
+Guarantees: a shard is used only if its bytes are those of the signed manifest and it opens under its own key and name;
+only the columns that are trained on are decrypted; rows are in clear only in this process.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cloister.canonical import sha256_hex
+from cloister.client.authority import TrainingLease
+from cloister.client.verify import signed_manifest
+from cloister.datasets.encoding import FeatureEncoder, stored_array
+from cloister.datasets.manifest import SealedFile
+from cloister.datasets.schema import DatasetSchema
+from cloister.errors import IntegrityError
+from cloister.privacy.spec import TrainingSpec
+from cloister.sealing.shard import open_table, shard_aad
+from cloister.stores.blobs import open_blobs
+
+
+class Opened(NamedTuple):
+    """Inputs [N, D] float32, labels [N] int64, and the name and number of rows of each shard, in their order."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+    shards: list[tuple[str, int]]
+
+
+class Rows:
+    """What a lease lets this rank read of its dataset, and what the spec makes of it."""
+
+    def __init__(self, lease: TrainingLease) -> None:
+        self.manifest = signed_manifest(lease.manifest, lease.owner_key)
+        self.spec = TrainingSpec.parse(lease.spec)
+        self._schema = schema = DatasetSchema.from_mapping(self.manifest.dataset_schema)
+        self.features = schema.feature_columns(self.spec.features)
+        self.encoder = FeatureEncoder(self.features)
+        self.labels = schema.column(self.spec.label).values or ()
+        self._wanted = {column.name for column in self.features} | {self.spec.label}
+        self._region = schema.region
+        self._keys = lease.keys
+        self._blobs = open_blobs(lease.blobs)
+
+    def load(self, role: str) -> Opened:
+        """This lease's shards of one role, in the order of their names.
+
+        Raises:
+            IntegrityError: a file is not the one that was sealed.
+        """
+        files = [file for file in self.manifest.files if file.role == role and file.ref in self._keys]
+        shards: dict[str, dict[str, npt.NDArray[Any]]] = {}
+        # Two at a time: one is hashed, or fetched, while the other is decrypted.
+        with ThreadPoolExecutor(2) as threads:
+            for file, columns in zip(files, threads.map(self._open, files), strict=True):
+                shards.setdefault(file.shard, {}).update(columns)
+        names = sorted(self._wanted)
+        columns = {name: np.concatenate([shards[shard][name] for shard in sorted(shards)]) for name in names}
+        inputs = torch.from_numpy(self.encoder.encode(columns))
+        labels = torch.from_numpy(columns[self.spec.label].astype(np.int64))
+        return Opened(inputs, labels, [(shard, len(shards[shard][self.spec.label])) for shard in sorted(shards)])
+
+    def _open(self, file: SealedFile) -> dict[str, npt.NDArray[Any]]:
+        columns = [name for name in file.columns if name in self._wanted]
+        if not columns:
+            return {}
+        sealed = self._blobs.get(file.path)
+        if sha256_hex(sealed) != file.sha256:
+            raise IntegrityError(
+                f"shard {file.key_name} of {self.manifest.name}@{self.manifest.version} changed since it was sealed",
+                f"check the dataset: cloister data verify {self.manifest.name}@{self.manifest.version}",
+            )
+        aad = shard_aad(self.manifest.name, file.sealed_in, file.part, file.shard, self._region)
+        table = open_table(sealed, self._keys[file.ref], aad, columns)
+        return {name: stored_array(table.column(name), self._schema.column(name)) for name in columns}

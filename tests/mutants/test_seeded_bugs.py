@@ -1,0 +1,140 @@
+"""Does the suite notice? Each bug below is put into a copy of the package, and tests that guard its place must fail.
+
+A bug is a text and what takes its place; the text must be there exactly once, so that no bug silently stops being one.
+Every one of these was made in some differential-privacy library or is the obvious slip (arXiv 2602.17454 and the list
+of pitfalls in jax_privacy). The copy is imported in place of the package; nothing of the tests is changed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+PACKAGE = REPOSITORY / "platform" / "cloister"
+TIMEOUT_S = 600
+TESTS_FAILED = 1  # pytest's exit code
+
+
+@dataclass(frozen=True, slots=True)
+class Bug:
+    name: str
+    file: str
+    text: str
+    bug: str
+    guard: str
+    only: str = ""
+
+
+CLIPPING, LOOP = "tests/unit/test_privacy_clipping.py", "tests/unit/test_loop.py"
+STREAMS, ACCOUNTING = "tests/unit/test_privacy_streams.py", "tests/unit/test_privacy_accounting.py"
+ATTEMPTS, SEALS = "tests/unit/test_authority_attempts.py", "tests/unit/test_authority_seals.py"
+WORK = "tests/unit/test_work.py"
+
+BUGS = (
+    Bug("no clip", "privacy/clipping.py",
+        "weights_LB = mask_B * (self._bound / norms_LB.clamp_min(self._bound))",
+        "weights_LB = mask_B + 0.0 * norms_LB", CLIPPING, "more_than_the_bound"),
+    Bug("the mean in place of the sum", "privacy/clipping.py",
+        "torch.autograd.grad(losses_B.sum(), [", "torch.autograd.grad(losses_B.mean(), [", CLIPPING, "row_by_row"),
+    Bug("double accumulation", "privacy/clipping.py", "        self._near.zero_()\n", "", CLIPPING, "left_over"),
+    Bug("rows that are not finite", "privacy/clipping.py",
+        "finite_B = torch.isfinite(losses_B) & torch.isfinite(norms_LB).all(0)",
+        "finite_B = torch.ones_like(losses_B, dtype=torch.bool)", CLIPPING, "not_finite"),
+    Bug("norms in bfloat16", "privacy/layers.py", "    return _at_least_single(a) @ _at_least_single(b)\n",
+        "    return (a.bfloat16() @ b.bfloat16()).float()\n", CLIPPING, "row_by_row"),
+    Bug("a bias is skipped", "privacy/layers.py",
+        '{"weight": Products(a_BTD, g_BTP, layer.weight.shape, bias), "bias": bias}',
+        '{"weight": Products(a_BTD, g_BTP, layer.weight.shape, bias)}', CLIPPING, "row_by_row"),
+    Bug("long sums in one piece", "privacy/layers.py", "_PIECE = 1024", "_PIECE = 2**30", CLIPPING, "million"),
+    Bug("an unknown layer is passed over", "privacy/clipping.py",
+        'raise InputError(f"{label} cannot be trained privately", f"freeze it, or build it from {known}")',
+        "continue", CLIPPING, "refused_by_name"),
+    Bug("cancellation is not guarded", "privacy/layers.py", "CANCELLED = 0.05", "CANCELLED = 0.0",
+        CLIPPING, "cancel"),
+    Bug("the parts of a repeated word are added one by one", "privacy/layers.py", "weighted_BTD = self._added() *",
+        "weighted_BTD = self.g_BTD.float() *", CLIPPING, "that_a_row_repeats"),
+    Bug("ranks share the variance twice", "training/loop.py",
+        "rank_std = total_std / math.sqrt(world_size)", "rank_std = total_std / world_size", LOOP, "adds_up"),
+    Bug("noise forgets the clipping norm", "training/loop.py",
+        "plan.noise_multiplier * plan.max_grad_norm *", "plan.noise_multiplier *", LOOP, "adds_up"),
+    Bug("division by the realised batch", "training/loop.py",
+        "set_gradients(parameters, sum_P, plan.expected_batch_size)",
+        "set_gradients(parameters, sum_P, max(1, len(rows_B)))", LOOP, "empty"),
+    Bug("an empty batch is no step", "training/loop.py", "            streams.see_batch(rows_B)\n",
+        "            if len(rows_B) == 0:\n                continue\n            streams.see_batch(rows_B)\n",
+        LOOP, "empty"),
+    Bug("noise before the record", "training/loop.py", "                commit_block(step, block_end)  # 1\n",
+        "                pass\n", LOOP, "before"),
+    Bug("a higher sample rate than planned", "training/loop.py",
+        "PoissonSampler(rows, sample_rate, key_of(name))",
+        "PoissonSampler(rows, min(1.0, 1.5 * sample_rate), key_of(name))",
+        "tests/unit/test_privacy_auditing.py", "real_step"),
+    Bug("shuffled batches", "privacy/sampling.py",
+        "        return self._by_blocks() if self._blockwise else self._by_rows()\n",
+        "        size = max(1, round(self._n * self._threshold / 2**64))\n"
+        "        return np.sort(np.argsort(self._stream.words(self._n))[:size])\n",
+        STREAMS, "inclusion or empty or rate"),
+    Bug("every step has the same noise", "privacy/noise.py", "rank=self._rank, step=step\n",
+        "rank=self._rank, step=0\n", STREAMS, "noise"),
+    Bug("randomness is restored after a death", "training/work.py", "secret=fresh_secret(),", "secret=bytes(32),",
+        WORK, "in_common or sampled_alike"),
+    Bug("a delta ten times as large", "privacy/accounting.py",
+        "accountant.get_epsilon(delta, eps_error=_PRV_EPSILON_ERROR)",
+        "accountant.get_epsilon(10 * delta, eps_error=_PRV_EPSILON_ERROR)", ACCOUNTING),
+    Bug("fewer steps than are run", "privacy/accounting.py", "one_step.self_compose(steps)",
+        "one_step.self_compose(max(1, steps // 2))", ACCOUNTING),
+    Bug("the ledger forgets what died", "authority/attempts.py", "committed = row.steps_committed + last - first",
+        "committed = last", ATTEMPTS, "again"),
+    Bug("keys for a ledger that was put back or cleared", "authority/ledger_seals.py", "    if problem:\n",
+        "    if not number:\n", SEALS, "was_edited"),
+    Bug("a settled run is opened again", "authority/runs.py",
+        'return "settled" if row.settled else str(row.state)', "return str(row.state)", SEALS, "opened_again"),
+    Bug("a refund without proof", "signing/run_end.py",
+        "    verified = dsse.verify(envelope, trusted, predicate_type=RUN_END_PREDICATE,"
+        " subject_digest=_digest(plan))\n    said = verified.predicate\n",
+        "    import base64, json\n    said = json.loads(base64.b64decode(envelope['payload']))['predicate']\n",
+        ATTEMPTS, "own_word"),
+    Bug("stopping gives back at once", "authority/ends.py",
+        '                close(act.connection, run, "stopped", None, self._core.clock())\n',
+        '                close(act.connection, run, "stopped", None, self._core.clock())\n'
+        "                with ledger_seals.changing(act, row.dataset):\n"
+        "                    mine = runs.c.id == run\n"
+        "                    act.connection.execute(update(runs).where(mine).values(epsilon_charged=0.0))\n",
+        ATTEMPTS, "stops_a_run"),
+)  # fmt: skip
+
+
+def run_guard(package: Path, bug: Bug) -> subprocess.CompletedProcess[str]:
+    """The guarding tests, against `package` in place of the real one."""
+    path = f"pythonpath={package.parent} tests"
+    only = ["-k", bug.only] if bug.only else []
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-o", path, *only, bug.guard],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=TIMEOUT_S,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(package.parent)},
+    )  # fmt: skip
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name.replace(" ", "-"))
+def test_a_seeded_bug_is_caught(bug: Bug, tmp_path: Path) -> None:
+    copy = tmp_path / "platform" / "cloister"
+    shutil.copytree(PACKAGE, copy)  # with what is compiled: Python compares the times of the sources
+    source = (copy / bug.file).read_text()
+    assert source.count(bug.text) == 1, "the bug has to be put in anew: its place has changed"
+    (copy / bug.file).write_text(source.replace(bug.text, bug.bug))
+    done = run_guard(copy, bug)
+    assert done.returncode == TESTS_FAILED, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "failed" in done.stdout.rpartition("\n=")[2] or "FAILED" in done.stdout
+
+
+def test_the_guards_are_the_suites_own_tests() -> None:
+    assert all((REPOSITORY / bug.guard).is_file() for bug in BUGS)
+    assert len({bug.name for bug in BUGS}) == len(BUGS) >= 15
