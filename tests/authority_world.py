@@ -406,7 +406,7 @@ class World:
         """
         client = self.client(run)
         asked = workers or client.get(f"/v1/runs/{run}")["spec"]["resources"]["workers"]
-        opened = client.post(f"/v1/runs/{run}/attempts", {"world_size": asked, "code_digest": CODE})
+        opened = client.post(f"/v1/runs/{run}/attempts", attempt_body(asked))
         self.attempts[run] = opened["attempt"]
         return dict(opened)
 

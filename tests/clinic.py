@@ -17,7 +17,6 @@ from cloister.client.seal import append_to_dataset, seal_dataset
 from cloister.datasets.ingest import read_blocks
 from cloister.datasets.manifest import MANIFEST_PREDICATE, DatasetManifest
 from cloister.datasets.schema import DatasetSchema
-from cloister.errors import InputError
 from cloister.sealing import purposes
 from cloister.sealing.envelope import new_key
 from cloister.sealing.lease import OneTimeKey, seal_to
@@ -57,17 +56,11 @@ def seal(
     world: World, data: bytes = b"", *, shards: int = 3, owner: str = "olga", derived_from: tuple[str, ...] = (),
     **changes: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    for tries_left in (2, 1, 0):
-        blocks = read_blocks(io.BytesIO(data or rows()), schema(**changes))
-        try:
-            return seal_dataset(
-                world.client(owner), world.people[owner].private, blocks, schema(**changes), shards=shards, holdout=0.2,
-                receiving_key=world.authority.receiving_public, derived_from=derived_from,
-            )  # fmt: skip
-        except InputError as error:  # chance: of thirty people nobody is held out, once in 800 times
-            if "no unit is left" not in error.message or not tries_left:
-                raise
-    raise AssertionError("unreachable")
+    return seal_dataset(
+        world.client(owner), world.people[owner].private, read_blocks(io.BytesIO(data or rows()), schema(**changes)),
+        schema(**changes), shards=shards, holdout=0.2, receiving_key=world.authority.receiving_public,
+        derived_from=derived_from,
+    )  # fmt: skip
 
 
 def append(world: World, data: bytes, *, owner: str = "olga", **changes: Any) -> dict[str, Any]:

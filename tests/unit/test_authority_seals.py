@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from sqlalchemy import delete, select, update
 
-from authority_world import CODE, Person, World, lease_body, training_spec
+from authority_world import CODE, Person, World, attempt_body, lease_body, training_spec
 from cloister.authority import fsck
 from cloister.authority.fsck import Finding
 from cloister.authority.ledger_log import LedgerLog
@@ -26,6 +26,15 @@ def findings(world: World) -> list[Finding]:
     parts = Parts.of(here, EmbeddedKeys(here / "keys"), Stores({}, here / "blobs"), clock=world.clock)
     report = fsck.check(parts, world.authority.core.database, world.caller("operator"))
     return [each for each in report.findings if each.subject == "ledger of adult" and each.kind == "broken"]
+
+
+def half_trained(world: World) -> str:
+    """A run with five steps on record, beside another one."""
+    world.submit(name="another")
+    run = world.submit()
+    world.attempt(run)
+    world.commit(run, 0, 5)
+    return run
 
 
 def edit(world: World, how: str, run: str) -> None:
@@ -52,10 +61,7 @@ EDITS = ["budget raised", "budget cleared", "charge cleared", "steps cleared", "
 
 @pytest.mark.parametrize("how", EDITS)
 def test_no_key_leaves_for_a_ledger_that_was_edited(world: World, how: str) -> None:
-    world.submit(name="another")
-    run = world.submit()
-    world.attempt(run)
-    world.commit(run, 0, 5)
+    run = half_trained(world)
     edit(world, how, run)
     first = 0 if how == "steps said to be undone" else 5
     refusal = "ConflictError" if how == "settled" else "IntegrityError"  # nobody trains on after that
@@ -71,10 +77,7 @@ def test_no_key_leaves_for_a_ledger_that_was_edited(world: World, how: str) -> N
 
 @pytest.mark.parametrize("how", EDITS)
 def test_fsck_names_a_ledger_that_was_edited(world: World, how: str) -> None:
-    world.submit(name="another")
-    run = world.submit()
-    world.attempt(run)
-    world.commit(run, 0, 5)
+    run = half_trained(world)
     assert findings(world) == []
     edit(world, how, run)
     assert len(findings(world)) == 1
@@ -120,7 +123,7 @@ def test_a_settled_run_that_is_opened_again_by_hand_gets_no_key(world: World) ->
     with world.authority.core.database.transaction() as connection:
         connection.execute(update(runs).where(runs.c.id == run).values(**open_again))
     for path, body in (
-        ("attempts", {"world_size": 2, "code_digest": CODE}),
+        ("attempts", attempt_body()),
         ("leases", lease_body() | {"rank": 1}),
         ("blocks", {"attempt": 1, "first": 5, "last": 10}),
         ("checkpoints", {"attempt": 1, "step": 5, "blob": f"models/{run}/checkpoints/1", "sha256": "0" * 64}),
@@ -132,7 +135,7 @@ def test_a_settled_run_that_is_opened_again_by_hand_gets_no_key(world: World) ->
     assert world.refused(409, run, "POST", f"/v1/runs/{run}/model", model) == "ConflictError"
     with world.authority.core.database.transaction() as connection:
         connection.execute(update(runs).where(runs.c.id == run).values(settled=False))
-    assert world.ask(run, "POST", f"/v1/runs/{run}/attempts", {"world_size": 2, "code_digest": CODE}).status_code == 422
+    assert world.ask(run, "POST", f"/v1/runs/{run}/attempts", attempt_body()).status_code == 422
 
 
 def test_two_changes_of_one_number_stay_in_the_log_for_good() -> None:

@@ -17,12 +17,12 @@ from sqlalchemy import Connection, insert, select, update
 
 from cloister.authority import ledger_seals, resources
 from cloister.authority.core import Action, Caller, Core
-from cloister.authority.costs import evaluation_epsilon, rest_of, settle
+from cloister.authority.costs import again, evaluation_epsilon, rest_of, resumes_from, settle
 from cloister.authority.data import brief, keys_of, require_live
 from cloister.authority.data import load as load_dataset
 from cloister.authority.key_use import MODELS, dataset_key, key_context, model_key_context
 from cloister.authority.ledger import reserve
-from cloister.authority.runs import again, close, columns_of, load, require_attempts, standing
+from cloister.authority.runs import close, columns_of, load, require_attempts, settle_beforehand, standing
 from cloister.canonical import b64, canonical_json
 from cloister.datasets.manifest import DatasetManifest
 from cloister.errors import BudgetError, CloisterError, ConflictError, InputError, PermissionDeniedError
@@ -54,14 +54,14 @@ class Attempts:
             BudgetError: the budget does not pay for what would be run again, which ends it. Its checkpoint is kept.
             InputError: more or fewer workers than the spec says.
         """
-        self._settle_beforehand(run, reopening=True)
+        settle_beforehand(self._core, run, again)
         refusal: CloisterError | None = None
         with self._core.action(caller, "run:work", step="attempt", world_size=world_size) as act:
             row = self._working(act, run, code_digest)
             spec = TrainingSpec.parse(row.spec)
             if not spec.resources.least <= world_size <= spec.resources.workers:
                 raise InputError("an attempt has as many workers as the spec says", "start as many, or min_workers")
-            resume_from = row.checkpoint["step"] if row.checkpoint else 0
+            resume_from = resumes_from(row)
             number = row.attempt + 1
             act.details.update(attempt=number, resume_from=resume_from)
             try:
@@ -90,10 +90,10 @@ class Attempts:
             BudgetError: what is held for the run does not pay for its rest.
             PermissionDeniedError: the worker runs other code than was submitted.
         """
-        self._settle_beforehand(run)
+        settle_beforehand(self._core, run, rest_of)
         with self._core.action(caller, "run:lease", attempt=attempt, rank=rank) as act:
             row = self._working(act, run, code_digest)
-            self._current(row, attempt)
+            _require_current(row, attempt)
             if not 0 <= rank < row.world_size:
                 raise InputError("there is no worker of that rank in the attempt", "start as many as it was opened for")
             mine = (leases.c.run == run) & (leases.c.attempt == attempt) & (leases.c.rank == rank)
@@ -188,20 +188,8 @@ class Attempts:
     def _training(self, act: Action, run: str, attempt: int) -> Any:
         row = load(act.connection, run)
         act.allow(resources.run(row))
-        self._current(row, attempt)
+        _require_current(row, attempt)
         return row
-
-    def _current(self, row: Any, attempt: int) -> None:
-        if standing(row) != "training" or not row.world_size:
-            raise ConflictError(f"{row.id} is {standing(row)}; no attempt is open", _STALE)
-        if attempt != row.attempt:
-            raise ConflictError(f"attempt {attempt} of {row.id} is over", _STALE)
-
-    def _settle_beforehand(self, run: str, *, reopening: bool = False) -> None:
-        """Accounting takes seconds and is remembered: done here, it does not hold the database's write lock."""
-        with self._core.database.reading() as connection:
-            row = load(connection, run)
-        settle(row.plan, again(row) if reopening else rest_of(row))
 
     def _leased(self, connection: Connection, run: Any) -> tuple[Any, DatasetManifest]:
         """The run's dataset version with its manifest, which is parsed once: it never changes, and may be long."""
@@ -215,6 +203,13 @@ class Attempts:
                 self._manifests.clear()
             self._manifests[known.manifest_digest] = manifest
         return known, manifest
+
+
+def _require_current(row: Any, attempt: int) -> None:
+    if standing(row) != "training" or not row.world_size:
+        raise ConflictError(f"{row.id} is {standing(row)}; no attempt is open", _STALE)
+    if attempt != row.attempt:
+        raise ConflictError(f"attempt {attempt} of {row.id} is over", _STALE)
 
 
 def _shard_keys(act: Action, manifest: DatasetManifest, run: Any, rank: int) -> dict[str, bytes]:

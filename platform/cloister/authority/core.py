@@ -23,6 +23,7 @@ from sqlalchemy import Connection
 from cloister.audit.event import ActorKind, Event, Outcome, utc_text
 from cloister.authority.journal import Head, Journal
 from cloister.authority.key_use import KeyUse
+from cloister.authority.ledger_log import DETAIL as LEDGER_DETAIL
 from cloister.authority.ledger_log import LedgerLog
 from cloister.authority.pseudonyms import pseudonym_of, source_of
 from cloister.authority.rules import Rules
@@ -200,7 +201,7 @@ class Core:
     def _record_end(self, act: Action, error: Exception) -> None:
         if isinstance(error, UnavailableError) and not isinstance(error, KeyServiceError):
             return  # nothing happened, and it cannot be written down either: the database is what failed
-        act.details.pop("ledger", None)  # its change was undone
+        act.details.pop(LEDGER_DETAIL, None)  # its change was undone
         denied = isinstance(error, PermissionDeniedError | AuthenticationError)
         self._record(act, "denied" if denied else "failure", reason=type(error).__name__)
 

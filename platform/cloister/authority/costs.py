@@ -101,3 +101,13 @@ def settle(plan: dict[str, Any], steps: int) -> tuple[float, float]:
 def rest_of(run: Any) -> int:
     """How many steps a run comes to, over all attempts, if the one that is under way does all of its rest."""
     return int(run.steps_committed + run.plan["steps"] - run.position)
+
+
+def again(run: Any) -> int:
+    """How many steps a run comes to, over all attempts, if it goes on from its checkpoint."""
+    return int(run.steps_committed + run.plan["steps"] - resumes_from(run))
+
+
+def resumes_from(run: Any) -> int:
+    """After how many steps of the plan a run's next attempt goes on."""
+    return int(run.checkpoint["step"]) if run.checkpoint else 0

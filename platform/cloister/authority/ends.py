@@ -14,13 +14,14 @@ from sqlalchemy import update
 
 from cloister.authority import ledger_seals, resources
 from cloister.authority.core import Caller, Core
-from cloister.authority.costs import settle
+from cloister.authority.costs import again, settle
 from cloister.authority.identity import signing_key
 from cloister.authority.ledger import reserve
-from cloister.authority.runs import ENDED, Runs, again, close, load, public, require_attempts
+from cloister.authority.runs import Runs, close, load, public, require_attempts, settle_beforehand
 from cloister.errors import ConflictError, PermissionDeniedError
 from cloister.privacy.spec import TrainingSpec
 from cloister.signing import run_end
+from cloister.signing.run_end import ENDED
 from cloister.stores.tables import runs
 
 
@@ -38,7 +39,7 @@ class Ends:
             IntegrityError: the run's key did not sign it, or it is about another run or plan.
             ConflictError: it is about another attempt than the last.
         """
-        self._settle_beforehand(run)
+        settle_beforehand(self._core, run, lambda row: int(row.steps_committed))
         with self._core.action(caller, "run:work", step="end") as act:
             row = load(act.connection, run)
             act.allow(resources.run(row))
@@ -75,7 +76,7 @@ class Ends:
             ConflictError: it has not ended, has no checkpoint or no signed end, or its attempts are used up.
             BudgetError: the budget, or what was approved, does not pay for it.
         """
-        self._settle_beforehand(run, going_on=True)
+        settle_beforehand(self._core, run, again)
         with self._core.action(caller, "train:submit", run=run, step="resume") as act:
             row = load(act.connection, run)
             spec = TrainingSpec.parse(row.spec)
@@ -100,9 +101,3 @@ class Ends:
                 reserve(act.connection, row, again(row))
                 act.connection.execute(update(runs).where(runs.c.id == run).values(**values))
             return public(load(act.connection, run))
-
-    def _settle_beforehand(self, run: str, *, going_on: bool = False) -> None:
-        """Accounting takes seconds and is remembered: done here, it does not hold the database's write lock."""
-        with self._core.database.reading() as connection:
-            row = load(connection, run)
-        settle(row.plan, again(row) if going_on else row.steps_committed)

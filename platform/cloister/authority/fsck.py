@@ -34,7 +34,7 @@ from cloister.authority.journal import LOG_ORIGIN
 from cloister.authority.key_use import MODELS, RELEASE, dataset_key, key_context, model_key_context
 from cloister.authority.ledger_log import LedgerLog
 from cloister.authority.log import read_export
-from cloister.authority.maintenance import Parts, Recorded, keyed_refs, manifest_row, recorded_blobs
+from cloister.authority.maintenance import Parts, Recorded, dataset_names, keyed_refs, manifest_row, recorded_blobs
 from cloister.authority.restore import STAGED
 from cloister.authority.shredding import Shredding
 from cloister.canonical import sha256_hex
@@ -204,7 +204,7 @@ def _keys(parts: Parts, connection: Connection, report: Report) -> None:
 
 def _ledgers(parts: Parts, connection: Connection, logged: LedgerLog, report: Report) -> None:
     """Every dataset has its ledger as it was sealed, after the last change that the log tells of."""
-    names = connection.execute(select(datasets.c.name).distinct().order_by(datasets.c.name)).scalars().all()
+    names = dataset_names(connection)
     for name in sorted({*names, *logged.last}):
         report.checked["ledgers"] += 1
         number, problem = ledger_seals.check(connection, parts.keys, name)
@@ -238,7 +238,7 @@ def _open_all(
 
 def _datasets(connection: Connection, report: Report) -> None:
     """Manifests are the signed ones; each live version has all its keys; there is no key that no version lists."""
-    for name in connection.execute(select(datasets.c.name).distinct().order_by(datasets.c.name)).scalars().all():
+    for name in dataset_names(connection):
         keyed = keyed_refs(connection, name)
         listed: set[str] = set()
         query = select(datasets.c.version).where(datasets.c.name == name).order_by(datasets.c.version)

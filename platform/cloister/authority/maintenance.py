@@ -8,7 +8,7 @@ Not guaranteed: that nobody works on the files behind its back. Whoever has the 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,12 +87,17 @@ class Recorded:
     what: str
 
 
+def dataset_names(connection: Connection) -> Sequence[str]:
+    """Of every dataset that has, or had, a version."""
+    return connection.execute(select(datasets.c.name).distinct().order_by(datasets.c.name)).scalars().all()
+
+
 def recorded_blobs(connection: Connection) -> Iterator[Recorded]:
     """Every file of a dataset whose key is there, every model, and the checkpoints that runs may go on from.
 
     Each path once; one manifest in memory at a time.
     """
-    for name in connection.execute(select(datasets.c.name).distinct().order_by(datasets.c.name)).scalars().all():
+    for name in dataset_names(connection):
         keyed = keyed_refs(connection, name)
         versions = connection.execute(
             select(datasets.c.version).where(datasets.c.name == name).order_by(datasets.c.version)

@@ -39,8 +39,9 @@ from cloister.authority.journal import LOG_ORIGIN, Head
 from cloister.authority.key_use import MODELS, dataset_key
 from cloister.authority.ledger import change_budget, charged_so_far
 from cloister.authority.log import read_export
-from cloister.authority.maintenance import Parts, local_caller, manifest_row, recorded_blobs
+from cloister.authority.maintenance import Parts, dataset_names, local_caller, manifest_row, recorded_blobs
 from cloister.errors import CloisterError, ConflictError, IntegrityError, NotFoundError, UnavailableError
+from cloister.signing.run_end import ENDED
 from cloister.stores import engines
 from cloister.stores.blobs import Blobs, check_path
 from cloister.stores.database import Database
@@ -62,7 +63,6 @@ from cloister.stores.tables import (
 STAGED = "state.db.restoring"
 LEAP = 1_000_000
 """Added to each identity's epoch, and to the number of the last revocation: more of either than there were since."""
-_ENDED = ("finished", "failed", "stopped")
 _RUN_ERROR = {
     "error": "the authority's state was restored from a backup", "hint": "submit a new run", "kind": "ConflictError",
 }  # fmt: skip
@@ -230,14 +230,14 @@ def _settle(
         connection = act.connection
         ended = _end_noise(parts, connection, header.id, now)
         failed = connection.execute(
-            update(runs).where(runs.c.state.not_in(_ENDED))
+            update(runs).where(runs.c.state.not_in(ENDED))
             .values(state="failed", error=_RUN_ERROR, ended=now, world_size=0)
         ).rowcount  # fmt: skip
         connection.execute(update(approvals).where(approvals.c.state == "open").values(state="void"))
         _end_sessions(connection, now)
         act.details.update(ended=",".join(ended)[:512], runs_ended=failed)
     with core.database.reading() as connection:
-        names = connection.execute(select(datasets.c.name).distinct().order_by(datasets.c.name)).scalars().all()
+        names = dataset_names(connection)
     for name in names:
         with core.of_itself("ledger:seal") as act:
             _close_ledger(core, act, name, freeze=caller.name if forgotten else None)

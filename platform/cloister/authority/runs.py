@@ -7,6 +7,7 @@ workers die included. How it then trains is in `attempts`, how it ends in `ends`
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy import Connection, insert, select, update
@@ -29,8 +30,6 @@ from cloister.privacy.spec import TrainingSpec
 from cloister.sealing.envelope import new_key
 from cloister.signing.keys import run_name
 from cloister.stores.tables import runs
-
-ENDED = frozenset({"finished", "failed", "stopped"})
 
 
 class Runs:
@@ -218,9 +217,12 @@ def load(connection: Connection, run: str) -> Any:
     return row
 
 
-def again(row: Any) -> int:
-    """How many steps a run comes to, over all attempts, if it goes on from its checkpoint."""
-    return int(row.steps_committed + row.plan["steps"] - (row.checkpoint["step"] if row.checkpoint else 0))
+def settle_beforehand(core: Core, run: str, steps: Callable[[Any], int]) -> None:
+    """Account for so many steps of a run. That takes seconds and is remembered: done before an action, it does not hold
+    the database's write lock."""
+    with core.database.reading() as connection:
+        row = load(connection, run)
+    settle(row.plan, steps(row))
 
 
 def require_attempts(row: Any, spec: TrainingSpec) -> None:

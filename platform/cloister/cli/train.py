@@ -15,8 +15,9 @@ from cloister.cli import output
 from cloister.cli.context import NAME, Context, authority_address, common
 from cloister.errors import CloisterError, ConflictError, NotFoundError, UnavailableError, from_dict
 from cloister.process import Daemon
+from cloister.signing.run_end import ENDED
 from cloister.stores.home import Home
-from cloister.training.run import ENDED, RunFolder
+from cloister.training.run import RunFolder
 
 POLL_S = 0.4
 LINE_S = 2.0
@@ -52,7 +53,7 @@ def plan(context: Context, spec: Path) -> None:
         "columns": shown["columns"],
         "epsilon": f"{p['epsilon']:g} (certified {p['epsilon_certified']:.4f}) at delta {p['delta']:g}",
         "if workers die": f"at most epsilon {p['epsilon_at_most']:.4f}, for up to {p['redo_steps']:,} steps again",
-        "protects": _unit(shown["unit"]),
+        "protects": output.unit(shown["unit"]),
         "noise multiplier": p["noise_multiplier"],
         "steps": f"{p['steps']} at sample rate {p['sample_rate']:.5f}, clipping norm {p['max_grad_norm']:g}",
         "budget": f"epsilon {shown['budget_before']:.3f} before, {shown['budget_after']:.3f} after",
@@ -144,14 +145,6 @@ def _start(folder: RunFolder, *, hint: str, hold: bool = False) -> Daemon:
 def _end_unstarted(folder: RunFolder, hint: str) -> None:
     with contextlib.suppress(CloisterError):
         folder.end(UnavailableError("the run was not started", hint))
-
-
-def _unit(unit: dict[str, Any]) -> str:
-    """Whose presence in the data epsilon hides."""
-    if unit["column"] is None:
-        return "one row"
-    rows = "one row" if unit["max_rows"] == 1 else f"at most {unit['max_rows']:,} rows"
-    return f"one {unit['column']} with {rows}"
 
 
 def find_jobs(named: Path | None) -> Path:

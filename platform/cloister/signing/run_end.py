@@ -19,6 +19,8 @@ from cloister.signing.keys import SigningKey, key_id, public_from_pem
 
 RUN_END_PREDICATE = "https://cloister.dev/run-end/v1"
 Outcome = Literal["failed", "stopped"]
+ENDED = frozenset({"finished", "failed", "stopped"})
+"""The states of a run that change only by `train resume`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

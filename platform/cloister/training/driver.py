@@ -26,8 +26,9 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from cloister.cluster import ray_cluster
 from cloister.errors import CloisterError, UnavailableError
 from cloister.process import Daemon, describe, no_core_dumps
+from cloister.signing.run_end import ENDED
 from cloister.stores.home import HOME_VARIABLE
-from cloister.training.run import ENDED, RunFolder
+from cloister.training.run import RunFolder
 
 POLL_S = 0.3
 FAREWELL_S = 5.0  # for whoever follows the job with `ray job submit`, to read that it is over

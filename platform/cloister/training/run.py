@@ -19,7 +19,6 @@ from cloister.process import describe
 from cloister.signing import keys, run_end
 from cloister.stores.files import locked, private_directory, read_json, write_atomic, write_json
 
-ENDED = frozenset({"finished", "failed", "stopped"})  # the states of a run that change only by `train resume`
 _HINT = "submit the run again: cloister train submit SPEC"
 
 

@@ -25,6 +25,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any, Protocol
 
 import torch
@@ -68,18 +69,8 @@ def open_attempt(authority: AuthorityClient, run: str, code_digest: str, group: 
     Raises:
         CloisterError: the authority refuses, as it told rank 0.
     """
-
-    def ask() -> dict[str, Any]:
-        opened = authority.open_attempt(run, group.world_size, code_digest)
-        kept = opened.checkpoint
-        return {
-            "number": opened.number, "resume_from": opened.resume_from,
-            "checkpoint": {"step": kept.step, "blob": kept.blob, "sha256": kept.sha256} if kept else None,
-        }  # fmt: skip
-
-    said = _from_rank_0(group, ask)
-    kept = Checkpoint(**said.pop("checkpoint")) if said["checkpoint"] else None
-    return Attempt(**{"checkpoint": kept} | said)
+    said = _from_rank_0(group, lambda: asdict(authority.open_attempt(run, group.world_size, code_digest)))
+    return Attempt(**said | {"checkpoint": Checkpoint(**said["checkpoint"]) if said["checkpoint"] else None})
 
 
 def work(
@@ -126,12 +117,12 @@ def work(
         commit_block=_committer(authority, run, attempt, group),
         shards=opened.shards,
         checkpoint=checkpoints.save if group.rank == 0 else None,
-        on_step=_reporter(authority, run, attempt, lease.plan) if group.rank == 0 else None,
+        on_step=_reporter(authority, run, attempt, plan) if group.rank == 0 else None,
         resume_from=attempt.resume_from,
         block_steps=block_steps,
         engine=engine,
     )
-    return _publish(authority, run, attempt, lease, rows, model, holdout, audit) if audit else None  # 7
+    return _publish(authority, run, attempt, lease, rows, plan, model, holdout, audit) if audit else None  # 7
 
 
 def _from_rank_0(group: Group, act: Callable[[], Any]) -> Any:
@@ -211,7 +202,7 @@ class _Checkpoints:
         return self._lease.checkpoint_context | {"blob": path}
 
 
-def _reporter(authority: AuthorityClient, run: str, attempt: Attempt, plan: dict[str, Any]) -> Callable[[int], None]:
+def _reporter(authority: AuthorityClient, run: str, attempt: Attempt, plan: PrivacyPlan) -> Callable[[int], None]:
     """Tell people how far it is, in rows as planned (q·N a step): realised batch sizes are private. In two digits, or
     how long single steps took, and so how many rows they had, could be told from the differences.
     """
@@ -223,9 +214,9 @@ def _reporter(authority: AuthorityClient, run: str, attempt: Attempt, plan: dict
         now = time.monotonic()
         if first_step is None:  # the first step also warms caches: it is not counted
             first_step, started = done, now
-        elif now - last >= PROGRESS_INTERVAL_S or done == plan["steps"]:
+        elif now - last >= PROGRESS_INTERVAL_S or done == plan.steps:
             last = now
-            rows_per_s = (done - first_step) * plan["sample_rate"] * plan["rows"] / (now - started)
+            rows_per_s = (done - first_step) * plan.expected_batch_size / (now - started)
             with suppress(UnavailableError):  # the run has paid for its steps: it does not die for a report
                 body = {"attempt": attempt.number, "steps_done": done, "rows_per_s": float(f"{rows_per_s:.2g}")}
                 authority.post(f"/v1/runs/{run}/progress", body)
@@ -234,14 +225,14 @@ def _reporter(authority: AuthorityClient, run: str, attempt: Attempt, plan: dict
 
 
 def _publish(
-    authority: AuthorityClient, run: str, attempt: Attempt, lease: TrainingLease, rows: Rows, model: torch.nn.Module,
-    holdout: Opened, audit: RunAudit,
+    authority: AuthorityClient, run: str, attempt: Attempt, lease: TrainingLease, rows: Rows, plan: PrivacyPlan,
+    model: torch.nn.Module, holdout: Opened, audit: RunAudit,
 ) -> dict[str, Any]:  # fmt: skip
     accuracy = private_accuracy(
         evaluate(model, holdout.x, holdout.y),
         len(holdout.y),
         lease.evaluation_epsilon,
-        rows_per_unit=PrivacyPlan.from_dict(lease.plan).rows_per_unit,
+        rows_per_unit=plan.rows_per_unit,
     )
     onnx = to_onnx(model, rows.encoder.width)
     manifest = ModelManifest(

@@ -29,8 +29,9 @@ from ray.train.torch import TorchConfig
 from cloister.client.authority import AuthorityClient
 from cloister.cluster.guardian import MARKER
 from cloister.errors import CloisterError, ConflictError
+from cloister.signing.run_end import ENDED
 from cloister.training.code import code_digest
-from cloister.training.run import ENDED, RunFolder
+from cloister.training.run import RunFolder
 from cloister.training.work import open_attempt, work
 
 COLLECTIVE_TIMEOUT_S = 300  # a rank that waits longer for the others gives up, and Ray starts them all again
