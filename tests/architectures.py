@@ -154,7 +154,7 @@ def random_case(seed: int) -> Case:
     labels = _labels(generator, rows, classes)
     activation = (nn.Tanh, nn.SiLU, nn.GELU, nn.ReLU)[pick(0, 1, 2, 3)]
     if kind == 0:
-        sizes = [pick(3, 17, 40), *(pick(5, 16, 33) for _ in range(pick(1, 2, 3)))]
+        sizes = [pick(3, 17, 40), *(pick(4, 16, 33) for _ in range(pick(1, 2, 3)))]
         layers: list[nn.Module] = []
         for inputs, outputs in pairwise(sizes):
             layers += [nn.Linear(inputs, outputs, bias=bool(pick(0, 1))), activation()]

@@ -35,7 +35,7 @@ class Bug:
 CLIPPING, LOOP = "tests/unit/test_privacy_clipping.py", "tests/unit/test_loop.py"
 STREAMS, ACCOUNTING = "tests/unit/test_privacy_streams.py", "tests/unit/test_privacy_accounting.py"
 ATTEMPTS, SEALS = "tests/unit/test_authority_attempts.py", "tests/unit/test_authority_seals.py"
-WORK = "tests/unit/test_work.py"
+WORK, GRID = "tests/unit/test_work.py", "tests/unit/test_privacy_grid.py"
 
 BUGS = (
     Bug("no clip", "privacy/clipping.py",
@@ -43,7 +43,8 @@ BUGS = (
         "weights_LB = mask_B + 0.0 * norms_LB", CLIPPING, "more_than_the_bound"),
     Bug("the mean in place of the sum", "privacy/clipping.py",
         "torch.autograd.grad(losses_B.sum(), [", "torch.autograd.grad(losses_B.mean(), [", CLIPPING, "row_by_row"),
-    Bug("double accumulation", "privacy/clipping.py", "        self._near.zero_()\n", "", CLIPPING, "left_over"),
+    Bug("double accumulation", "privacy/opacus_engine.py", "            parameter.grad = None\n", "            pass\n",
+        CLIPPING, "left_over"),
     Bug("rows that are not finite", "privacy/clipping.py",
         "finite_B = torch.isfinite(losses_B) & torch.isfinite(norms_LB).all(0)",
         "finite_B = torch.ones_like(losses_B, dtype=torch.bool)", CLIPPING, "not_finite"),
@@ -58,12 +59,32 @@ BUGS = (
         "continue", CLIPPING, "refused_by_name"),
     Bug("cancellation is not guarded", "privacy/layers.py", "CANCELLED = 0.05", "CANCELLED = 0.0",
         CLIPPING, "cancel"),
-    Bug("the parts of a repeated word are added one by one", "privacy/layers.py", "weighted_BTD = self._added() *",
-        "weighted_BTD = self.g_BTD.float() *", CLIPPING, "that_a_row_repeats"),
-    Bug("ranks share the variance twice", "training/loop.py",
-        "rank_std = total_std / math.sqrt(world_size)", "rank_std = total_std / world_size", LOOP, "adds_up"),
-    Bug("noise forgets the clipping norm", "training/loop.py",
+    Bug("a row whose positions cancel counts for what is left", "privacy/layers.py",
+        "return Squares(found.value, found.scale, (floor * apart_B).square())",
+        "return Squares(found.value, found.scale)", CLIPPING, "cancel"),
+    Bug("the parts of a repeated word are added one by one", "privacy/layers.py",
+        "grid.round(self.added() * weights_B[:, None, None])",
+        "grid.round(_at_least_single(self.g_BTD) * weights_B[:, None, None])", CLIPPING, "a_word"),
+    Bug("sums beside the grid", "privacy/grid.py", "return values.mul_(1.0 / self.unit).round_()",
+        "return values.mul_(1.0 / self.unit)", GRID, "whole_units"),
+    Bug("blocks in the order of the rows", "privacy/mechanism.py", "places_of(x_ND, y_N, key(\"places\"))",
+        "spread(len(x_ND))", "tests/unit/test_mechanism.py", "own_part"),
+    Bug("blocks as large as a microbatch", "privacy/layers.py",
+        "MOST_ROWS if self._instantiated else self._block.rows", "MOST_ROWS", GRID, "several_positions"),
+    Bug("microbatches of any number of rows", "privacy/microbatch.py",
+        "return most if fixed else step", "return most if fixed else 1", CLIPPING, "gradients_of_others"),
+    Bug("noise beside the grid", "privacy/noise.py", "pairs_N2H.mul_(radius_NH.unsqueeze(1)).round_()",
+        "pairs_N2H.mul_(radius_NH.unsqueeze(1))", STREAMS, "whole_units"),
+    Bug("radii of 53 bits", "privacy/noise.py", "_ANGLE_BITS, _RADIUS_BITS = 53, 63",
+        "_ANGLE_BITS, _RADIUS_BITS = 53, 53", STREAMS, "smallest_radii"),
+    Bug("radii are not blurred", "privacy/noise.py", "_DITHER, _DITHER_BITS = 2.0**-8, 24",
+        "_DITHER, _DITHER_BITS = 2.0**-8, 0", STREAMS, "blurred"),
+    Bug("ranks share the variance twice", "privacy/mechanism.py",
+        "noise_std(plan) / math.sqrt(world_size)", "noise_std(plan) / world_size", LOOP, "adds_up"),
+    Bug("noise forgets the clipping norm", "privacy/mechanism.py",
         "plan.noise_multiplier * plan.max_grad_norm *", "plan.noise_multiplier *", LOOP, "adds_up"),
+    Bug("noise forgets what rounding adds", "privacy/mechanism.py",
+        "plan.max_grad_norm * (1 + SLACK)", "plan.max_grad_norm", "tests/unit/test_mechanism.py", "slack"),
     Bug("division by the realised batch", "training/loop.py",
         "set_gradients(parameters, sum_P, plan.expected_batch_size)",
         "set_gradients(parameters, sum_P, max(1, len(rows_B)))", LOOP, "empty"),
@@ -72,7 +93,7 @@ BUGS = (
         LOOP, "empty"),
     Bug("noise before the record", "training/loop.py", "                commit_block(step, block_end)  # 1\n",
         "                pass\n", LOOP, "before"),
-    Bug("a higher sample rate than planned", "training/loop.py",
+    Bug("a higher sample rate than planned", "privacy/sampling.py",
         "PoissonSampler(rows, sample_rate, key_of(name))",
         "PoissonSampler(rows, min(1.0, 1.5 * sample_rate), key_of(name))",
         "tests/unit/test_privacy_auditing.py", "real_step"),
@@ -137,4 +158,4 @@ def test_a_seeded_bug_is_caught(bug: Bug, tmp_path: Path) -> None:
 
 def test_the_guards_are_the_suites_own_tests() -> None:
     assert all((REPOSITORY / bug.guard).is_file() for bug in BUGS)
-    assert len({bug.name for bug in BUGS}) == len(BUGS) >= 15
+    assert len({bug.name for bug in BUGS}) == len(BUGS) >= 26

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from cloister.errors import InputError
+from cloister.privacy.blocks import Blocks
+from cloister.privacy.grid import SLACK
 from cloister.privacy.keystream import fresh_secret
 from cloister.privacy.noise import GaussianNoise
 from cloister.privacy.plan import PrivacyPlan
@@ -118,9 +120,12 @@ class Recorder:
         self.size = size
         self.batches: list[int] = []
 
-    def __call__(self, x: torch.Tensor, _y: torch.Tensor) -> torch.Tensor:
+    def ranges(self, _x: torch.Tensor, _y: torch.Tensor) -> int:
+        return 1
+
+    def __call__(self, x: torch.Tensor, _y: torch.Tensor, _blocks: Blocks | None = None) -> torch.Tensor:
         self.batches.append(len(x))
-        return torch.zeros(self.size)
+        return torch.zeros(self.size, dtype=torch.float64)
 
     def close(self) -> None:
         """Nothing was put on the model."""
@@ -144,7 +149,7 @@ def test_the_noise_of_all_ranks_adds_up_to_sigma_times_the_bound(world_size: int
 
     in_threads(world_size, body)
     total = torch.stack(released).sum(dim=0).numpy()
-    assert abs(total.var() / (1.5 * 0.4) ** 2 - 1) < 3.29 * math.sqrt(2 / len(total)), "within 99.9 %"
+    assert abs(total.var() / (1.5 * 0.4 * (1 + SLACK)) ** 2 - 1) < 3.29 * math.sqrt(2 / len(total)), "within 99.9 %"
     assert abs(total.mean()) < 5 * 0.6 / math.sqrt(len(total))
     if world_size > 1:
         correlations = np.corrcoef(torch.stack(released).numpy()) - np.eye(world_size)
@@ -194,17 +199,19 @@ def test_the_average_divides_by_the_public_size_and_empty_batches_are_steps() ->
     plan = replace(PLAN, sample_rate=0.02, noise_multiplier=0.0, steps=200)
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
-    engine = Recorder(1)
     done: list[int] = []
 
-    def ones(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return engine(a, b) + float(len(a))
+    class Ones(Recorder):
+        def __call__(self, x: torch.Tensor, y: torch.Tensor, blocks: Blocks | None = None) -> torch.Tensor:
+            return super().__call__(x, y, blocks) + float(len(x))
+
+    engine = Ones(1)
 
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     # A fixed secret: of one in forty, the first three batches are empty, and that weights then do not move is told.
     train(model, optimizer, x, y, plan, run="r", attempt=1, rank=0, world_size=1, secret=bytes(range(32)),
           all_reduce=alone, commit_block=lambda _first, _stop: None, on_step=done.append,
-          clipped_gradients=ones)  # fmt: skip
+          clipped_gradients=engine)  # fmt: skip
     assert done == list(range(1, 201))
     assert 0 in engine.batches
     assert len(set(engine.batches)) > 2

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from cloister.privacy import accounting
+from cloister.privacy import accounting, sampling
 from cloister.privacy.auditing import (
     AuditReport,
     StepObservations,
@@ -68,7 +69,7 @@ class NoTripwires:
 
 def times(factor: float) -> Callable[..., None]:
     add_to = GaussianNoise.add_to
-    return lambda self, step, sum_p, std: add_to(self, step, sum_p, std * factor)
+    return lambda self, step, sum_p, std, unit: add_to(self, step, sum_p, std * factor, unit)
 
 
 @pytest.mark.parametrize("factor", [0.5, 1 / math.sqrt(2)])  # the latter: ranks share the variance twice
@@ -79,23 +80,23 @@ def test_too_little_noise_is_found(monkeypatch: pytest.MonkeyPatch, factor: floa
 
 def test_gradients_that_are_longer_than_promised_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     clip = BookkeepingGradients.__call__
-    monkeypatch.setattr(BookkeepingGradients, "__call__", lambda self, x, y: 1.3 * clip(self, x, y))
+    monkeypatch.setattr(BookkeepingGradients, "__call__", lambda self, *batch: 1.3 * clip(self, *batch))
     assert falsified(monkeypatch)
 
 
 def test_noise_that_comes_back_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     add_to = GaussianNoise.add_to
 
-    def repeated(self: GaussianNoise, step: int, sum_p: torch.Tensor, std: float) -> None:
+    def repeated(self: GaussianNoise, step: int, *sum_and_noise: Any) -> None:
         fresh = GaussianNoise(self._secret, run=self._run, attempt=self._attempt, rank=self._rank)
-        add_to(fresh, step % 2, sum_p, std)
+        add_to(fresh, step % 2, *sum_and_noise)
 
     monkeypatch.setattr(GaussianNoise, "add_to", repeated)
     assert falsified(monkeypatch)
 
 
 def test_a_higher_sample_rate_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "PoissonSampler", lambda n, rate, key: PoissonSampler(n, min(1.0, rate * 1.5), key))
+    monkeypatch.setattr(sampling, "PoissonSampler", lambda n, rate, key: PoissonSampler(n, min(1.0, rate * 1.5), key))
     assert falsified(monkeypatch)
 
 
@@ -107,7 +108,7 @@ def test_batches_of_one_size_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
         def next_batch(self) -> np.ndarray:
             return np.sort(self.random.choice(self.n, self.size, replace=False))
 
-    monkeypatch.setattr(loop, "PoissonSampler", Shuffled)
+    monkeypatch.setattr(sampling, "PoissonSampler", Shuffled)
     assert falsified(monkeypatch)
 
 

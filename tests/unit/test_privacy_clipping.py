@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable
 
@@ -10,10 +11,11 @@ import torch
 from torch import nn
 
 from architectures import FAMILIES, Case, Twice, oracle, random_case
-from cloister.errors import InputError, IntegrityError
+from cloister.errors import InputError
 from cloister.privacy import clipping, layers
 from cloister.privacy.clipping import BookkeepingGradients, ClippedGradients, ClippingOptions
 from cloister.privacy.engines import clipping_engine
+from cloister.privacy.grid import SLACK, Block, Grid
 from cloister.privacy.layers import RULES
 
 # torch warns that an embedding's input has no gradient, which is so.
@@ -22,7 +24,12 @@ torch.set_num_threads(1)
 
 ENGINES = ("bookkeeping", "opacus")
 OPACUS_KNOWS = {"mlp"}
-SLACK = 1e-4  # a fifth of what the noise is scaled for
+FEW = ClippingOptions(microbatch_rows=4)  # little to try at the start
+
+
+def fine(bound: float) -> Grid:
+    """A grid that is as fine for bounds that clip nothing."""
+    return Grid(min(Grid.of(bound, 64).unit, 2.0**-40), bound, 64)
 
 
 def supported(engine: str) -> list[str]:
@@ -48,7 +55,7 @@ def test_the_sum_is_that_of_autograd_row_by_row(engine: str, name: str, bound: f
     case = built(name)
     expected, _ = oracle(case, bound)
     options = ClippingOptions(microbatch_rows=microbatch_rows)
-    got = clipping_engine(engine, case.model, bound, options)(case.x, case.y)
+    got = clipping_engine(engine, case.model, fine(bound), options)(case.x, case.y)
     assert error(got, expected) <= 1e-5
 
 
@@ -65,7 +72,7 @@ def test_the_library_for_large_products_gives_the_same_sum(name: str, monkeypatc
     monkeypatch.setattr(layers, "_ONEDNN", counted)
     monkeypatch.setattr(layers, "_WORTH_ONEDNN", 0)
     case = built(name)
-    got = BookkeepingGradients(case.model, 1.0, ClippingOptions(microbatch_rows=5))(case.x, case.y)
+    got = BookkeepingGradients(case.model, fine(1.0), ClippingOptions(microbatch_rows=5))(case.x, case.y)
     assert error(got, oracle(case, 1.0)[0]) <= 1e-5
     assert calls or name != "mlp"
 
@@ -75,26 +82,39 @@ def test_the_oracle_covers_every_supported_layer() -> None:
     assert tested >= set(RULES)
 
 
-@pytest.mark.parametrize("seed", range(200))
-def test_random_architectures_agree_with_autograd_and_with_opacus_hooks(seed: int) -> None:
-    case = random_case(seed)
+def test_random_architectures_agree_with_autograd_and_with_opacus_hooks(subtests: pytest.Subtests) -> None:
+    shorter = 0
+    for seed in range(200):
+        with subtests.test(seed):
+            shorter += rows_shorter_than_with_autograd(random_case(seed))
+    assert shorter <= 8, "of 1,100 rows, those whose positions nearly cancel"
+
+
+def rows_shorter_than_with_autograd(case: Case) -> int:
+    """Asserts that all others are as long, that each has the direction, and that the sum is theirs."""
     # In float32, as the engine: some of these networks blow up rounding in their inputs a hundredfold.
     unclipped, norms = oracle(case, float("inf"), torch.float32)
     bound = float(norms.median())  # about half of the rows are clipped
     expected, _ = oracle(case, bound, torch.float32)
-    engine = BookkeepingGradients(case.model, bound, ClippingOptions(microbatch_rows=3))
-    assert error(engine(case.x, case.y), expected) <= 1e-5
-    one_by_one = torch.stack([engine(case.x[i : i + 1], case.y[i : i + 1]).norm() for i in range(len(case.x))])
-    assert torch.allclose(one_by_one, norms.clamp_max(bound), rtol=1e-5)
+    engine = BookkeepingGradients(case.model, fine(bound), ClippingOptions(microbatch_rows=3))
+    rows = torch.stack([engine(case.x[i : i + 1], case.y[i : i + 1]) for i in range(len(case.x))])
+    summed = engine(case.x, case.y)
     engine.close()
-    everything = BookkeepingGradients(case.model, 1e6)
+    assert error(summed, rows.sum(0)) <= 1e-5
+    lengths, clipped = rows.norm(dim=1), norms.clamp_max(bound)
+    assert float((lengths / clipped).max()) <= 1 + 1e-5
+    shorter = int((lengths < clipped * (1 - 1e-5)).sum())
+    everything = BookkeepingGradients(case.model, fine(1e6))
     assert error(everything(case.x, case.y), unclipped) <= 1e-5
     everything.close()
-    hooks = _opacus_hooks(case)
-    if hooks is not None:
-        summed, hook_norms = hooks(bound)
-        assert error(summed, expected) <= 2e-5, "ours and Opacus's both lie within 1e-5 of autograd"
-        assert torch.allclose(one_by_one, hook_norms.clamp_max(bound), rtol=1e-5)
+    if not shorter:
+        assert error(summed, expected) <= 1e-5
+        hooks = _opacus_hooks(case)
+        if hooks is not None:
+            theirs, hook_norms = hooks(bound)
+            assert error(theirs, expected) <= 2e-5, "ours and Opacus's both lie within 1e-5 of autograd"
+            assert torch.allclose(lengths, hook_norms.clamp_max(bound), rtol=1e-5)
+    return shorter
 
 
 def _opacus_hooks(case: Case) -> Callable[[float], tuple[torch.Tensor, torch.Tensor]] | None:
@@ -126,7 +146,7 @@ def _opacus_hooks(case: Case) -> Callable[[float], tuple[torch.Tensor, torch.Ten
 def test_no_row_contributes_more_than_the_bound(engine: str, name: str) -> None:
     case = built(name, 32)
     for bound in (1e-3, 0.1, 1.0):
-        clipped = clipping_engine(engine, case.model, bound)
+        clipped = clipping_engine(engine, case.model, fine(bound))
         for i in range(len(case.x)):
             assert float(clipped(case.x[i : i + 1], case.y[i : i + 1]).norm()) <= bound
         clipped.close()
@@ -135,7 +155,7 @@ def test_no_row_contributes_more_than_the_bound(engine: str, name: str) -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_removing_a_row_moves_the_sum_by_at_most_the_bound(engine: str) -> None:
     case = built("mlp", 64)
-    clipped = clipping_engine(engine, case.model, 0.1)
+    clipped = clipping_engine(engine, case.model, fine(0.1))
     whole = clipped(case.x, case.y)
     for i in range(8):
         rest = torch.arange(64) != i
@@ -159,7 +179,7 @@ def test_positions_that_cancel_do_not_hide_a_long_gradient(positions: int) -> No
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.head(self.linear(x).mean(1))  # type: ignore[no-any-return]
 
-    clipped = BookkeepingGradients(Mean(), 1.0)
+    clipped = BookkeepingGradients(Mean(), fine(1.0))
     for scale in (1e-4, 1.0, 1e4):
         assert float(clipped(x * scale, torch.tensor([1])).norm()) <= 1.0 + SLACK
 
@@ -183,13 +203,14 @@ class Difference(nn.Module):
 @pytest.mark.parametrize(("inputs", "outputs"), [(2048, 512), (1024, 1024), (768, 3072)])
 def test_a_row_whose_positions_nearly_cancel_keeps_to_the_bound(inputs: int, outputs: int) -> None:
     """Vectors of one number each, whose float32 products all round the same way: twice the bound, unguarded."""
-    clipped = BookkeepingGradients(Difference(nn.Linear(inputs, outputs, bias=False), outputs), 1e-3)
+    clipped = BookkeepingGradients(Difference(nn.Linear(inputs, outputs, bias=False), outputs), fine(1e-3))
     for value in (0.123, 0.51, 1.3, 5.61):
         for apart in (1e-2, 3e-3, 1e-3):
             x = torch.full((1, 2, inputs), value)
             x[:, 1] *= 1 - apart
             norm = 1e3 * float(clipped(x, torch.zeros(1, dtype=torch.long)).norm())
-            assert 0.45 <= norm <= 1.0 + SLACK  # below a thousandth it counts for more than it is
+            left = apart / (2 - apart)  # of what its positions come to by themselves
+            assert 0.95 * min(1.0, left / Block.of(2).floor) <= norm <= 1.0 + 1e-4
 
 
 def test_a_word_whose_gradients_nearly_cancel_keeps_to_the_bound() -> None:
@@ -204,20 +225,20 @@ def test_a_word_whose_gradients_nearly_cancel_keeps_to_the_bound() -> None:
             words = self.words(x)
             return self.head(words[:, 0] - 0.997 * words[:, 1])  # type: ignore[no-any-return]
 
-    clipped = BookkeepingGradients(Weighted(), 1e-3)
+    clipped = BookkeepingGradients(Weighted(), fine(1e-3))
     x = torch.ones((1, 2), dtype=torch.long)
     assert 0.9 <= 1e3 * float(clipped(x, torch.zeros(1, dtype=torch.long)).norm()) <= 1.0 + SLACK
 
 
-@pytest.mark.parametrize("scale", [1e4, 1e6, 1e8])
-def test_a_word_whose_huge_gradients_cancel_does_not_hide_among_others(scale: float) -> None:
+@pytest.mark.parametrize(("scale", "left"), [(1e4, 0.01), (1e6, 0.01), (1e6, 1.0), (1e8, 1.0)])
+def test_a_word_whose_huge_gradients_cancel_does_not_hide_among_others(scale: float, left: float) -> None:
     """What they leave behind in a float32 sum of other rows would be longer than the bound."""
 
     class Weighted(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.words, self.head = nn.Embedding(3, 4096), nn.Linear(4096, 2, bias=False).requires_grad_(False)
-            self.register_buffer("times", torch.tensor([scale, -scale, 0.01])[:, None])
+            self.register_buffer("times", torch.tensor([0.7 * scale, 0.3 * scale + left, -scale])[:, None])
             with torch.no_grad():
                 self.words.weight.zero_()
                 direction = torch.randn(4096)
@@ -227,7 +248,7 @@ def test_a_word_whose_huge_gradients_cancel_does_not_hide_among_others(scale: fl
             return self.head((self.words(x) * self.times).sum(1))  # type: ignore[no-any-return]
 
     torch.manual_seed(0)
-    clipped = BookkeepingGradients(Weighted(), 1.0)
+    clipped = BookkeepingGradients(Weighted(), fine(1.0))
     others, row = torch.tensor([[1, 1, 0]]).repeat(50, 1), torch.zeros((1, 3), dtype=torch.long)
     y = torch.zeros(51, dtype=torch.long)
     moved = clipped(torch.cat([others, row]), y) - clipped(others, y[:50])
@@ -253,15 +274,40 @@ def test_many_positions_that_cancel_by_halves_keep_to_the_bound(positions: int, 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.head((self.layer(x) * self.sign).sum(1))  # type: ignore[no-any-return]
 
-    apart = (0.24 / positions) ** 0.5  # what is left is a twentieth of the diagonal's length, and a little more
-    for seed in range(4):
+    # What is left is less than a norm counts for at least, and more: then it has to be exact.
+    for seed, left in itertools.product(range(4), (0.24, 2.0)):
+        apart = (left / positions) ** 0.5
         torch.manual_seed(seed)
         one = torch.full((width,), 0.5 + float(torch.rand(()))) if equal else torch.randn(width)
         away = one if equal else torch.randn(width)
         two = one - apart * away * one.norm() / away.norm()
         x = torch.stack([one, two]).repeat(positions // 2, 1)[None]
-        norm = 1e3 * float(BookkeepingGradients(Alternating(), 1e-3)(x, torch.zeros(1, dtype=torch.long)).norm())
-        assert 0.99 <= norm <= 1.0 + 5e-5
+        clipped = BookkeepingGradients(Alternating(), fine(1e-3), FEW)
+        norm = 1e3 * float(clipped(x, torch.zeros(1, dtype=torch.long)).norm())
+        assert 0.97 * min(1.0, apart / 2 / Block.of(positions).floor) <= norm <= 1.0 + 5e-5
+
+
+def test_positions_that_cancel_to_rounding_alone_keep_to_the_bound() -> None:
+    """A float32 sum of what they come to by themselves is off by more than what is left of them."""
+
+    class Total(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(64, 64, bias=False)
+            self.head = nn.Linear(64, 2, bias=False).requires_grad_(False)
+            with torch.no_grad():
+                self.layer.weight.zero_()
+                direction = torch.randn(64) * 1e4
+                self.head.weight.copy_(torch.stack([direction, -direction]))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.layer(x).sum(1))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    some = torch.randn(1, 15, 64)
+    x = torch.cat([some, -some.sum(1, keepdim=True)], dim=1)
+    clipped = BookkeepingGradients(Total(), fine(1e-3))
+    assert float(clipped(x, torch.zeros(1, dtype=torch.long)).norm()) <= 1e-3 * (1.0 + SLACK)
 
 
 def test_a_product_whose_factors_have_no_float32_squares_keeps_to_the_bound() -> None:
@@ -269,7 +315,7 @@ def test_a_product_whose_factors_have_no_float32_squares_keeps_to_the_bound() ->
     with torch.no_grad():
         model[1].weight.copy_(torch.tensor([[-1e18], [1e18]]).expand(2, 4))
     x, y = torch.full((1, 8), 2e-23), torch.zeros(1, dtype=torch.long)
-    assert float(BookkeepingGradients(model, 1e-6)(x, y).norm()) <= 1e-6 * (1.0 + SLACK)
+    assert float(BookkeepingGradients(model, fine(1e-6))(x, y).norm()) <= 1e-6 * (1.0 + SLACK)
 
 
 def rows_on_kinks(model: nn.Sequential, places: tuple[int, int], sizes: tuple[int, int]) -> torch.Tensor:
@@ -298,7 +344,7 @@ def test_a_row_more_does_not_change_the_gradients_of_others(engine: str, before:
     worst = rows_on_kinks(model, (0, 0), (3, 4))
     x = torch.cat([torch.rand((before, 105)) * 2 - 1, worst.repeat(3, 1), torch.rand((1, 105)) * 2 - 1])
     y = torch.zeros(len(x), dtype=torch.long)
-    clipped = clipping_engine(engine, model, 1.0, ClippingOptions(microbatch_rows=1024))
+    clipped = clipping_engine(engine, model, fine(1.0), ClippingOptions(microbatch_rows=1024))
     assert float((clipped(x, y) - clipped(x[:-1], y[:-1])).norm()) <= 1.0 + SLACK
 
 
@@ -312,7 +358,7 @@ def test_a_row_in_front_does_not_change_the_gradients_of_others(engine: str, inp
     x = (torch.rand((1, inputs)) * 2 - 1).repeat(257, 1)
     x[1::4] = worst
     y = torch.zeros(len(x), dtype=torch.long)
-    clipped = clipping_engine(engine, model, 1.0)
+    clipped = clipping_engine(engine, model, fine(1.0))
     others = clipped(x[1:].clone(), y[1:])  # a view would begin where the row in front ends
     assert float((clipped(x, y) - others).norm()) <= 1.0 + SLACK
 
@@ -333,7 +379,7 @@ def test_a_word_that_a_row_repeats_moves_the_sum_of_many_by_the_bound() -> None:
             return self.head(self.words(x).mean(1))  # type: ignore[no-any-return]
 
     torch.manual_seed(0)
-    clipped = BookkeepingGradients(Bag(), 1e-3)
+    clipped = BookkeepingGradients(Bag(), fine(1e-3))
     x, y = torch.zeros((1001, 256), dtype=torch.long), torch.zeros(1001, dtype=torch.long)
     assert 1e3 * float((clipped(x, y) - clipped(x[1:], y[1:])).norm()) <= 1.0 + SLACK
     x[0] = 2
@@ -342,7 +388,7 @@ def test_a_word_that_a_row_repeats_moves_the_sum_of_many_by_the_bound() -> None:
 
 def test_opacus_does_not_get_layers_that_are_too_wide_for_its_norms() -> None:
     with pytest.raises(InputError, match="cannot be trained by this engine"):
-        clipping_engine("opacus", nn.Linear(2**16 + 1, 2), 1.0)
+        clipping_engine("opacus", nn.Linear(2**16 + 1, 2), fine(1.0))
 
 
 @pytest.mark.parametrize("rows", [1, 17])
@@ -358,7 +404,7 @@ def test_gradients_that_are_not_contiguous(rows: int, microbatch_rows: int) -> N
 
     torch.manual_seed(0)
     case = Case(TextCnn(), torch.randint(0, 50, (rows, 12)), torch.randint(0, 2, (rows,)))
-    got = BookkeepingGradients(case.model, 0.1, ClippingOptions(microbatch_rows=microbatch_rows))(case.x, case.y)
+    got = BookkeepingGradients(case.model, fine(0.1), ClippingOptions(microbatch_rows=microbatch_rows))(case.x, case.y)
     assert error(got, oracle(case, 0.1)[0]) <= 1e-5
 
 
@@ -369,13 +415,13 @@ def test_settings_that_round_products_are_refused(engine: str, name: str, monkey
         for precision in ("high", "medium"):
             torch.set_float32_matmul_precision(precision)
             with pytest.raises(InputError, match="rounded"):
-                clipping_engine(engine, nn.Linear(2, 2), 1.0)
+                clipping_engine(engine, nn.Linear(2, 2), fine(1.0))
     finally:
         torch.set_float32_matmul_precision("highest")
-    clipping_engine(engine, nn.Linear(2, 2), 1.0).close()
+    clipping_engine(engine, nn.Linear(2, 2), fine(1.0)).close()
     monkeypatch.setenv(name, "bf16")
     with pytest.raises(InputError, match="rounded"):
-        clipping_engine(engine, nn.Linear(2, 2), 1.0)
+        clipping_engine(engine, nn.Linear(2, 2), fine(1.0))
 
 
 def test_the_norm_of_a_million_equal_elements_is_not_rounded_down() -> None:
@@ -384,14 +430,14 @@ def test_the_norm_of_a_million_equal_elements_is_not_rounded_down() -> None:
     with torch.no_grad():
         model[2].weight.copy_(torch.tensor([[-0.11], [0.11]]).expand(2, 1024))
         layer.weight.zero_()
-    clipped = BookkeepingGradients(model, 1.0)
+    clipped = BookkeepingGradients(model, fine(1.0), FEW)
     norm = float(clipped(torch.full((1, 1024, 3), 0.123), torch.zeros(1, dtype=torch.long)).norm())
-    assert 1.0 - SLACK <= norm <= 1.0 + SLACK
+    assert 1.0 - 1e-4 <= norm <= 1.0 + 1e-4
 
 
 def test_per_layer_clipping_bounds_each_layer_and_so_the_whole() -> None:
     case = built("mlp")
-    clipped = BookkeepingGradients(case.model, 0.3, ClippingOptions(per_layer=True))
+    clipped = BookkeepingGradients(case.model, fine(0.3), ClippingOptions(per_layer=True))
     sizes = [sum(p.numel() for p in layer.parameters()) for layer in case.model if list(layer.parameters())]  # type: ignore[attr-defined]
     for i in range(len(case.x)):
         parts = clipped(case.x[i : i + 1], case.y[i : i + 1]).split(sizes)
@@ -414,7 +460,7 @@ def test_a_row_that_is_not_finite_has_no_weight_and_spoils_no_other(
     engine: str, poison: float, microbatch_rows: int
 ) -> None:
     case = built("mlp")
-    clipped = clipping_engine(engine, case.model, 1.0, ClippingOptions(microbatch_rows=microbatch_rows))
+    clipped = clipping_engine(engine, case.model, fine(1.0), ClippingOptions(microbatch_rows=microbatch_rows))
     good = torch.ones(len(case.x), dtype=torch.bool)
     good[[0, 7, 8]] = False
     expected = clipped(case.x[good], case.y[good])
@@ -429,7 +475,7 @@ def test_a_row_that_is_not_finite_has_no_weight_and_spoils_no_other(
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_batch_of_nothing_but_bad_rows_and_an_empty_batch_give_zero(engine: str) -> None:
     case = built("mlp")
-    clipped = clipping_engine(engine, case.model, 1.0)
+    clipped = clipping_engine(engine, case.model, fine(1.0))
     assert clipped(torch.full_like(case.x, float("nan")), case.y).abs().max() == 0.0
     assert clipped(case.x[:0], case.y[:0]).abs().max() == 0.0
 
@@ -437,7 +483,7 @@ def test_a_batch_of_nothing_but_bad_rows_and_an_empty_batch_give_zero(engine: st
 @pytest.mark.parametrize("engine", ENGINES)
 def test_nothing_is_left_over_for_the_next_batch(engine: str) -> None:
     case = built("mlp")
-    clipped = clipping_engine(engine, case.model, 1.0)
+    clipped = clipping_engine(engine, case.model, fine(1.0))
     first = clipped(case.x, case.y)
     clipped(torch.full_like(case.x, float("nan")), case.y)
     clipped(case.x[:3], case.y[:3])
@@ -449,7 +495,7 @@ def test_nothing_is_left_over_for_the_next_batch(engine: str) -> None:
 def test_a_closed_engine_leaves_the_model_as_it_was(engine: str) -> None:
     case = built("mlp")
     before = [sorted(vars(layer)) for layer in case.model.modules()]
-    clipped = clipping_engine(engine, case.model, 1.0)
+    clipped = clipping_engine(engine, case.model, fine(1.0))
     clipped(case.x, case.y)
     clipped.close()
     assert [sorted(vars(layer)) for layer in case.model.modules()] == before
@@ -461,7 +507,7 @@ def test_frozen_layers_are_left_alone(engine: str) -> None:
     case = built("mlp")
     case.model[0].requires_grad_(False)  # type: ignore[index,operator]  # it is a Sequential
     trainable = sum(p.numel() for p in case.model.parameters() if p.requires_grad)
-    assert clipping_engine(engine, case.model, 1.0)(case.x, case.y).shape == (trainable,)
+    assert clipping_engine(engine, case.model, fine(1.0))(case.x, case.y).shape == (trainable,)
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "mlp"][:4])
@@ -478,7 +524,7 @@ def test_one_compiled_graph_serves_every_batch_size(name: str, monkeypatch: pyte
     monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, backend=counting, **options))
     torch._dynamo.reset()
     case = built(name)
-    clipped = BookkeepingGradients(case.model, 0.5, ClippingOptions(compiled=True, microbatch_rows=8))
+    clipped = BookkeepingGradients(case.model, fine(0.5), ClippingOptions(compiled=True, microbatch_rows=8))
     for rows in (23, 5, 16, 1):  # the last microbatch is padded and masked
         expected, _ = oracle(Case(case.model, case.x[:rows], case.y[:rows]), 0.5)
         assert error(clipped(case.x[:rows], case.y[:rows]), expected) <= 1e-5
@@ -495,7 +541,7 @@ def test_one_compiled_graph_serves_every_batch_size(name: str, monkeypatch: pyte
 def test_under_bfloat16_no_row_contributes_more_than_the_bound(name: str) -> None:
     """What is clipped is what bfloat16 computed; its norm is taken in float32."""
     case = built(name)
-    clipped = BookkeepingGradients(case.model, 1e-2, ClippingOptions(autocast=torch.bfloat16))
+    clipped = BookkeepingGradients(case.model, fine(1e-2), ClippingOptions(autocast=torch.bfloat16))
     exact, _ = oracle(case, 1e-2)
     lengths = torch.stack([clipped(case.x[i : i + 1], case.y[i : i + 1]).norm() for i in range(len(case.x))])
     assert float(lengths.max()) <= 1e-2
@@ -517,7 +563,7 @@ class OwnLinear(nn.Linear):
 @pytest.mark.parametrize("rows", [0, -1])
 def test_a_microbatch_without_rows_is_refused(engine: str, rows: int) -> None:
     with pytest.raises(ValueError, match="at least one row"):
-        clipping_engine(engine, nn.Linear(3, 3), 1.0, ClippingOptions(microbatch_rows=rows))
+        clipping_engine(engine, nn.Linear(3, 3), fine(1.0), ClippingOptions(microbatch_rows=rows))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -543,7 +589,7 @@ def test_a_microbatch_without_rows_is_refused(engine: str, rows: int) -> None:
 )
 def test_a_layer_without_a_known_per_row_gradient_is_refused_by_name(engine: str, model: nn.Module, told: str) -> None:
     with pytest.raises(InputError) as refusal:
-        clipping_engine(engine, model, 1.0)
+        clipping_engine(engine, model, fine(1.0))
     assert told in refusal.value.message
     assert refusal.value.hint
     assert not any(layer._forward_hooks for layer in model.modules())
@@ -553,23 +599,23 @@ def test_what_opacus_cannot_do_is_refused_there_and_done_by_the_other() -> None:
     first, second = nn.Linear(4, 4), nn.Linear(4, 4)
     second.weight = first.weight
     with pytest.raises(InputError, match="is shared between layers"):
-        clipping_engine("opacus", nn.Sequential(first, second), 1.0)
+        clipping_engine("opacus", nn.Sequential(first, second), fine(1.0))
     with pytest.raises(InputError, match="cannot be trained"):
-        clipping_engine("opacus", nn.Sequential(nn.RMSNorm(4)), 1.0)
+        clipping_engine("opacus", nn.Sequential(nn.RMSNorm(4)), fine(1.0))
     with pytest.raises(InputError, match="clips flat"):
-        clipping_engine("opacus", nn.Linear(3, 3), 1.0, ClippingOptions(per_layer=True))
+        clipping_engine("opacus", nn.Linear(3, 3), fine(1.0), ClippingOptions(per_layer=True))
     for twice in (Twice(3), nn.Sequential(nn.Linear(3, 3), nn.Flatten(), nn.Linear(6, 3))):
         x = torch.zeros((2, 3)) if isinstance(twice, Twice) else torch.zeros((2, 2, 3))
         with pytest.raises(InputError, match="called on several positions"):
-            clipping_engine("opacus", twice, 1.0)(x, torch.tensor([0, 1]))
+            clipping_engine("opacus", twice, fine(1.0))(x, torch.tensor([0, 1]))
     with pytest.raises(InputError, match="no such engine"):
-        clipping_engine("jax", nn.Linear(3, 3), 1.0)
+        clipping_engine("jax", nn.Linear(3, 3), fine(1.0))
 
 
 def test_an_output_that_is_changed_in_place_is_refused_by_name() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 2))
     with pytest.raises(InputError, match="output of layer '0' is changed in place"):
-        BookkeepingGradients(model, 1.0)(torch.randn(3, 4), torch.tensor([0, 1, 0]))
+        BookkeepingGradients(model, fine(1.0))(torch.randn(3, 4), torch.tensor([0, 1, 0]))
 
 
 def test_a_layer_that_is_called_without_the_rows_is_refused_by_name() -> None:
@@ -582,7 +628,7 @@ def test_a_layer_that_is_called_without_the_rows_is_refused_by_name() -> None:
             return self.head((self.words(x) + self.places(torch.arange(5))).mean(1))  # type: ignore[no-any-return]
 
     with pytest.raises(InputError, match="'places' is called on other rows"):
-        BookkeepingGradients(Positions(), 1.0)(torch.zeros((3, 5), dtype=torch.long), torch.tensor([0, 1, 0]))
+        BookkeepingGradients(Positions(), fine(1.0))(torch.zeros((3, 5), dtype=torch.long), torch.tensor([0, 1, 0]))
 
 
 class Inverse(nn.Module):
@@ -597,7 +643,7 @@ class Inverse(nn.Module):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_model_that_is_not_finite_at_zero_loses_that_row_and_no_other(engine: str) -> None:
     model = Inverse()
-    clipped = clipping_engine(engine, model, 1.0)
+    clipped = clipping_engine(engine, model, fine(1.0))
     x, y = torch.tensor([[0.0, 1.0], [1.0, 2.0], [0.0, 0.0], [2.0, 1.0]]), torch.tensor([0, 1, 0, 0])
     kept, bad = torch.tensor([1, 3]), torch.tensor([0, 2])
     got = clipped(x, y)
@@ -606,27 +652,27 @@ def test_a_model_that_is_not_finite_at_zero_loses_that_row_and_no_other(engine: 
     assert error(got, oracle(Case(model, x[kept], y[kept]), 1.0)[0]) <= 1e-5
 
 
-def test_gradients_that_are_finite_or_not_by_turns_are_an_error_and_no_loop() -> None:
+def test_a_model_that_looks_at_places_is_refused_before_it_sees_a_row() -> None:
     class Moody(Inverse):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.linear(x.index_fill(0, torch.tensor(0), torch.inf))  # type: ignore[no-any-return]
 
-    with pytest.raises(IntegrityError, match="depends on the others"):
-        BookkeepingGradients(Moody(), 1.0)(torch.ones(3, 2), torch.tensor([0, 1, 0]))
+    with pytest.raises(InputError, match="computes a row otherwise"):
+        BookkeepingGradients(Moody(), fine(1.0))(torch.ones(3, 2), torch.tensor([0, 1, 0]))
 
 
 @pytest.mark.parametrize("bound", [0.0, -1.0, float("inf"), float("nan")])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_bound_that_is_none_is_refused(engine: str, bound: float) -> None:
     with pytest.raises(ValueError, match="max_grad_norm"):
-        clipping_engine(engine, nn.Linear(2, 2), bound)
+        clipping_engine(engine, nn.Linear(2, 2), fine(bound))
 
 
 def test_both_engines_keep_one_contract() -> None:
     case = built("mlp")
     sums = []
     for engine in ENGINES:
-        clipped: ClippedGradients = clipping_engine(engine, case.model, 0.2)
+        clipped: ClippedGradients = clipping_engine(engine, case.model, fine(0.2))
         sums.append(clipped(case.x, case.y))
         clipped.close()
     assert sums[0].dtype == sums[1].dtype == torch.float64

@@ -22,12 +22,12 @@ from scipy.stats import binom, chi2
 from cloister.errors import IntegrityError, UnavailableError
 from cloister.privacy import noise as noise_module
 from cloister.privacy.keystream import Keystream, derive_key, fresh_secret
-from cloister.privacy.noise import CHUNK_VALUES, GaussianNoise
+from cloister.privacy.noise import CHUNK_VALUES, GaussianNoise, dither_bits
 from cloister.privacy.sampling import PoissonSampler, binomial_boundaries
 
 # Statistics below use fixed keys, so they either always pass or never do.
 KEY = bytes(range(32))
-GRID = 2.0**-29  # of a deviation between 2 and 4
+UNIT = 2.0**-32
 SOURCE = Path(__file__).resolve().parents[2] / "platform" / "cloister"
 
 
@@ -223,9 +223,16 @@ def noise_of(secret: bytes = KEY, *, run: str = "r", attempt: int = 1, rank: int
     return GaussianNoise(secret, run=run, attempt=attempt, rank=rank)
 
 
+def sample(noise: GaussianNoise, step: int, count: int, std: float) -> torch.Tensor:
+    """The step's values by themselves."""
+    values = torch.zeros(count, dtype=torch.float64)
+    noise.add_to(step, values, std, UNIT)
+    return values
+
+
 def test_noise_has_the_moments_and_tails_of_a_gaussian() -> None:
     std, count = 3.0, 400_000
-    z = noise_of().sample(0, count, std).numpy() / std
+    z = sample(noise_of(), 0, count, std).numpy() / std
     assert abs(z.mean()) < 4 / math.sqrt(count)
     assert abs(z.var() - 1) < 4 * math.sqrt(2 / count)
     assert abs((z**3).mean()) < 4 * math.sqrt(15 / count)
@@ -239,65 +246,94 @@ def test_noise_has_the_moments_and_tails_of_a_gaussian() -> None:
 @pytest.mark.parametrize("count", [1, 8, 17, CHUNK_VALUES + 1])
 def test_noise_is_box_muller_values_of_the_chacha20_keystream(count: int) -> None:
     """The last chunk of a step, value by value, from the description at the top of the module and `math` alone."""
-    sampled = noise_of().sample(7, count, 2.5)
+    sampled = sample(noise_of(), 7, count, 2.5)
     key = derive_key(KEY, purpose="noise", run="r", attempt=1, rank=0, step=7)
     chunk = (count - 1) // CHUNK_VALUES
     values = count - chunk * CHUNK_VALUES
     columns = 8 * -(-values // 16)
     nonce = bytes(4) + chunk.to_bytes(12, "little")
-    stream = Cipher(ChaCha20(key, nonce), mode=None).encryptor().update(bytes(16 * columns))
-    words = [int.from_bytes(stream[i : i + 8], "little") >> 11 for i in range(0, len(stream), 8)]
+    stream = Cipher(ChaCha20(key, nonce), mode=None).encryptor().update(bytes(24 * columns))
+    words = [int.from_bytes(stream[i : i + 8], "little") for i in range(0, len(stream), 8)]
     expected = []
     for value in range(values):
         part, column = (math.cos, value) if value < columns else (math.sin, value - columns)
-        r, a = words[column], words[columns + column]
-        exact = 2.5 * math.sqrt(-2 * math.log(1 - r / 2**53)) * part(2 * math.pi * a / 2**53)
-        expected.append(round(exact / GRID) * GRID)
-    assert sampled[chunk * CHUNK_VALUES :].tolist() == pytest.approx(expected, rel=1e-12, abs=GRID)
+        r, a, both = words[column] >> 1, words[columns + column] >> 11, words[2 * columns + column]
+        exact = 2.5 * math.sqrt(-2 * math.log((r + 1) / 2**63)) * part(2 * math.pi * a / 2**53)
+        dither = (both & 2**32 - 1 if value < columns else both >> 32) >> 32 - 24
+        expected.append((round(exact / UNIT) + dither - 2**23) * UNIT)
+    assert sampled[chunk * CHUNK_VALUES :].tolist() == pytest.approx(expected, rel=1e-12, abs=UNIT)
 
 
-def test_a_noisy_sum_lies_on_a_grid_that_depends_on_the_deviation_alone() -> None:
+def test_the_smallest_radii_are_63_bits_fine(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Words:
+        def update_into(self, _zeros: bytes, room: memoryview) -> None:
+            room[:] = b"".join(word.to_bytes(8, "little") * 8 for word in (5 << 1, 0, 0))
+
+    monkeypatch.setattr(noise_module, "chacha20", lambda _key, _chunk: Words())
+    value = float(sample(noise_of(), 0, 1, 1.0)[0])
+    assert value == pytest.approx(math.sqrt(-2 * math.log(6 / 2**63)) - 2.0**23 * UNIT, abs=UNIT)
+
+
+def test_a_noisy_sum_is_as_many_whole_units_from_the_sum_whatever_that_is() -> None:
     """Or the lowest bits would tell which of the noise's finitely many values was added, and so the sum."""
-    for std, grid in ((2.5, GRID), (1.0, GRID / 2), (0.3, GRID / 8)):
-        for true_sum in (0.0, 1 / 3, -1e-9, 12345.678):
-            sum_p = torch.full((1000,), true_sum, dtype=torch.float64)
-            noise_of().add_to(0, sum_p, std)
-            steps = sum_p.numpy() / grid
+    for std, unit in ((2.5, 2.0**-32), (1e-3, 2.0**-40), (40.0, 2.0**-20)):
+        added = []
+        for whole in (0, 1, -3, 12345678901):
+            sum_p = torch.full((1000,), whole * unit, dtype=torch.float64)
+            noise_of().add_to(0, sum_p, std, unit)
+            steps = sum_p.numpy() / unit
             assert np.array_equal(steps, np.round(steps))
-            assert len(set((steps % 2).tolist())) == 2, "and not on a coarser one"
+            added.append(steps - whole)
+        assert all(np.array_equal(each, added[0]) for each in added)
+        assert len(set((added[0] % 2).tolist())) == 2, "and not on a coarser grid"
+
+
+def test_radii_that_uniforms_of_53_bits_leave_apart_are_blurred() -> None:
+    """With two in fourteen million pairs, radii of 53 bits would tell a true sum from a wrong one."""
+    bits = dither_bits(1.0, UNIT)
+    assert bits == 24
+    units = sample(noise_of(), 0, 2 * CHUNK_VALUES, 1.0).numpy() / UNIT
+    keyed = derive_key(KEY, purpose="noise", run="r", attempt=1, rank=0, step=0)
+    without = torch.zeros(2 * CHUNK_VALUES, dtype=torch.float64)
+    noise_module.add_gaussians(without, keyed, 1.0, 1.0 / 2**8)  # a grid so coarse that nothing is blurred
+    assert dither_bits(1.0, 1.0 / 2**8) == 0
+    blur = units - without.numpy() / UNIT
+    assert 0.28 < blur.std() / 2**24 / math.sqrt(2) < 0.30, "of the dither, and of the rounding, one unit of 2⁻⁸ each"
+    assert dither_bits(0.01, UNIT) == 17
+    assert dither_bits(1.0, 1.0) == 0
 
 
 def test_values_of_one_step_and_of_two_steps_are_uncorrelated() -> None:
     noise, count = noise_of(), 2 * CHUNK_VALUES
-    first, second = noise.sample(0, count, 1.0).numpy(), noise.sample(1, count, 1.0).numpy()
+    first, second = sample(noise, 0, count, 1.0).numpy(), sample(noise, 1, count, 1.0).numpy()
     quarters = np.split(first, 4)  # cosines and sines of two chunks
     pairs = [(first, second), *itertools.combinations(quarters, 2)]
     for a, b in [*pairs, *((a**2 - 1, b**2 - 1) for a, b in pairs)]:
         assert abs(np.corrcoef(a, b)[0, 1]) < 4 / math.sqrt(len(a))
-    # On a grid of 2⁻³⁰ some values meet by chance: about 16 pairs of 2¹⁶, never many.
-    assert len(np.unique(np.concatenate([first, second]))) > 2 * count - 60
+    # On a grid of 2⁻³² some values meet by chance: about four pairs of 2¹⁶, never many.
+    assert len(np.unique(np.concatenate([first, second]))) > 2 * count - 30
 
 
 def test_noise_differs_between_secrets_runs_attempts_ranks_and_steps() -> None:
     named = [
         noise_of(), noise_of(fresh_secret()), noise_of(run="s"), noise_of(attempt=2), noise_of(rank=1),
     ]  # fmt: skip
-    values = [noise.sample(step, 8, 1.0) for noise in named for step in (0, 1)]
+    values = [sample(noise, step, 8, 1.0) for noise in named for step in (0, 1)]
     assert len(torch.cat(values).unique()) == 80
-    assert torch.equal(noise_of().sample(1, 8, 1.0), values[1]), "the test itself: one name, one stream"
+    assert torch.equal(sample(noise_of(), 1, 8, 1.0), values[1]), "the test itself: one name, one stream"
 
 
 def test_a_step_that_is_repeated_or_gone_back_to_draws_nothing() -> None:
     noise = noise_of()
-    noise.sample(3, 4, 1.0)
+    sample(noise, 3, 4, 1.0)
     for step in (3, 2, 0, -1):
-        sum_p = torch.ones(4)
+        sum_p = torch.ones(4, dtype=torch.float64)
         with pytest.raises(IntegrityError, match="again"):
-            noise.add_to(step, sum_p, 1.0)
+            noise.add_to(step, sum_p, 1.0, UNIT)
         assert sum_p.tolist() == [1.0] * 4
-    noise.sample(9, 4, 1.0)
+    sample(noise, 9, 4, 1.0)
     with pytest.raises(IntegrityError, match="again"):
-        noise.sample(4, 4, 1.0)
+        sample(noise, 4, 4, 1.0)
 
 
 def test_a_step_that_failed_halfway_is_not_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,9 +341,9 @@ def test_a_step_that_failed_halfway_is_not_drawn_again(monkeypatch: pytest.Monke
     with monkeypatch.context() as patched:
         patched.setattr(noise_module, "_gaussians", lambda *_: (_ for _ in ()).throw(OSError("memory is full")))
         with pytest.raises(OSError, match="full"):
-            noise.add_to(0, torch.zeros(4), 1.0)
+            noise.add_to(0, torch.zeros(4, dtype=torch.float64), 1.0, UNIT)
     with pytest.raises(IntegrityError, match="again"):
-        noise.add_to(0, torch.zeros(4), 1.0)
+        noise.add_to(0, torch.zeros(4, dtype=torch.float64), 1.0, UNIT)
 
 
 def test_noise_can_be_neither_copied_nor_pickled_nor_printed() -> None:
@@ -319,35 +355,24 @@ def test_noise_can_be_neither_copied_nor_pickled_nor_printed() -> None:
     assert repr(KEY) not in repr(noise)
 
 
-def test_noise_is_added_in_float64_and_rounded_once() -> None:
-    count = CHUNK_VALUES + 100
-    sampled = noise_of().sample(0, count, 1e-3)
-    for dtype in (torch.float32, torch.float64):
-        before = torch.linspace(-1, 1, count, dtype=dtype)
-        after = before.clone()
-        noise_of().add_to(0, after, 1e-3)
-        assert torch.allclose(after, (before.double() + sampled).to(dtype), rtol=torch.finfo(dtype).eps, atol=2e-12)
-        assert not torch.equal(after, before)
-
-
 def test_noise_refuses_a_bad_deviation_and_a_vector_that_would_lose_it() -> None:
     noise = noise_of()
-    assert noise.sample(0, 0, 1.0).shape == (0,)
-    assert noise.sample(1, 7, 0.0).abs().max() == 0.0
+    assert sample(noise, 0, 0, 1.0).shape == (0,)
+    assert sample(noise, 1, 7, 0.0).abs().max() == 0.0
     for std in (-1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="standard deviation"):
-            noise.sample(2, 1, std)
-    for wrong in (torch.zeros(8, dtype=torch.bfloat16), torch.zeros(8, dtype=torch.int64), torch.zeros(2, 4),
-                  torch.zeros(16)[::2]):  # fmt: skip
+            sample(noise, 2, 1, std)
+    for wrong in (torch.zeros(8), torch.zeros(8, dtype=torch.int64), torch.zeros((2, 4), dtype=torch.float64),
+                  torch.zeros(16, dtype=torch.float64)[::2]):  # fmt: skip
         with pytest.raises(ValueError, match="contiguous vector"):
-            noise.add_to(2, wrong, 1.0)
-    assert noise.sample(2, 1, 1.0).abs().max() > 0.0, "what was refused has drawn nothing"
+            noise.add_to(2, wrong, 1.0, UNIT)
+    assert sample(noise, 2, 1, 1.0).abs().max() > 0.0, "what was refused has drawn nothing"
 
 
 def test_a_device_without_secure_noise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     noise = noise_of()
     with pytest.raises(UnavailableError, match="meta"):
-        noise.add_to(0, torch.zeros(8, device="meta"), 1.0)
+        noise.add_to(0, torch.zeros(8, dtype=torch.float64, device="meta"), 1.0, UNIT)
     monkeypatch.setitem(sys.modules, "triton", None)  # as where it is not installed
     monkeypatch.delitem(sys.modules, "cloister.privacy.noise_cuda", raising=False)
     monkeypatch.delattr("cloister.privacy.noise_cuda", raising=False)
@@ -360,11 +385,13 @@ PREDICTABLE = re.compile(
     r"(rand(n|int|perm)?(_like)?|normal_?|uniform_?|bernoulli_?|exponential_?|multinomial|default_rng|dropout"
     r"|standard_normal|RandomState|manual_seed|seed|fork_rng|Generator)"
 )
-# Public weights to start from, made-up rows to probe an export and to rehearse on, and the baseline without privacy.
+# Public weights to start from, made-up rows to probe an export, a device and a model with, and the baseline without
+# privacy.
 NOT_NOISE = {
     "training/architectures.py": {"manual_seed", "fork_rng"},
     "training/export.py": {"rand", "manual_seed", "Generator"},
-    "training/rehearsal.py": {"rand", "randint", "manual_seed", "Generator"},
+    "training/rehearsal.py": {"randint", "manual_seed", "Generator"},
+    "privacy/clipping.py": {"rand", "randint", "manual_seed", "Generator"},
     "training/baseline.py": {"randperm", "manual_seed", "default_rng", "Generator"},
 }
 

@@ -12,9 +12,10 @@ from torch import nn
 from architectures import FAMILIES
 from cloister.errors import InputError, IntegrityError
 from cloister.privacy.keystream import fresh_secret
+from cloister.privacy.noise import GaussianNoise
 from cloister.privacy.plan import PrivacyPlan
-from cloister.training import loop
-from cloister.training.loop import ShardedBatches, train
+from cloister.privacy.sampling import ShardedBatches
+from cloister.training.loop import train
 from cloister.training.rehearsal import rehearse
 from cloister.training.tripwires import StreamWatch, Tripwires
 
@@ -142,7 +143,10 @@ def test_noise_that_does_not_arrive_trips_and_names_the_parameter() -> None:
 
 def test_gradients_that_are_not_clipped_trip() -> None:
     class Unclipped:
-        def __call__(self, x: torch.Tensor, _y: torch.Tensor) -> torch.Tensor:
+        def ranges(self, _x: torch.Tensor, _y: torch.Tensor) -> int:
+            return 1
+
+        def __call__(self, x: torch.Tensor, _y: torch.Tensor, _blocks: object = None) -> torch.Tensor:
             return torch.full((303,), 5.0, dtype=torch.float64) * len(x)
 
         def close(self) -> None:
@@ -177,10 +181,10 @@ def test_equal_batches_are_no_fault_where_they_are_to_be_expected() -> None:
 
 
 def test_a_noise_stream_that_stands_still_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def frozen(_self: object, _step: int, sum_p: torch.Tensor, std: float) -> None:
+    def frozen(_self: object, _step: int, sum_p: torch.Tensor, std: float, _unit: float) -> None:
         sum_p += std * torch.randn(len(sum_p), generator=torch.Generator().manual_seed(1), dtype=sum_p.dtype)
 
-    monkeypatch.setattr(loop.GaussianNoise, "add_to", frozen)
+    monkeypatch.setattr(GaussianNoise, "add_to", frozen)
     with pytest.raises(IntegrityError, match="same noise: the stream stands still"):
         run(mlp())
 

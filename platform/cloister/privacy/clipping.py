@@ -10,13 +10,12 @@ Guarantees, for a model that `check_layers` accepts and whose forward pass keeps
     padding (mask 0)                         0
     empty batch                              the sum is zero, not an error
 
-so that adding or removing one row moves the exact sum by at most C in the Euclidean norm. Norms are float32, whatever
-the model computes in: bfloat16 ghost norms come out as low as 0.69 of the truth. Sums over microbatches are float64;
-what rounding adds to a row's effect, the noise is scaled for: see `sensitivity_slack`. So that no row is computed by
-other kernels because of the others, microbatches are filled up with rows of no weight, to a multiple of `_ROWS_ALIKE`
-or to `microbatch_rows`, and rows are aligned (`align_rows`). Not promised: that every kernel of every library rounds
-a row alike wherever it stands in a batch; linear layers of PyTorch on CPUs do, as far as was tried.
-With `per_layer`, each of L layers is clipped to C/√L instead: the same bound on the whole.
+so that adding or removing one row moves the sum by at most C·(1 + SLACK) in the Euclidean norm: `grid` proves it. Norms
+are float32, whatever the model computes in: bfloat16 ghost norms come out as low as 0.69 of the truth. Rows are summed
+in blocks (`blocks`), and blocks on a grid. With `per_layer`, each of L layers is clipped to C/√L instead: the same
+bound on the whole.
+
+No row is computed otherwise because others are beside it: `microbatch` sees to that, or nothing is trained.
 
 How (book-keeping, arXiv 2210.00038): hooks note each layer's input and output; one backward pass gives the outputs'
 gradients and no weight's; from both, `layers` tells each row's norm, and, once norms have become weights, the weighted
@@ -32,7 +31,6 @@ Shapes: B rows of a batch, D inputs, C classes, L layers, P trainable parameters
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -40,45 +38,46 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
-from cloister.errors import InputError, IntegrityError
+from cloister.errors import InputError
+from cloister.privacy.blocks import Blocks, ranges_for, spread
+from cloister.privacy.grid import MOST_ROWS, Grid
 from cloister.privacy.layers import CANCELLED, RULES, RowGradients, Tied, Use, row_gradients, unsupported_option
+from cloister.privacy.microbatch import align_rows, filled, fitting_step, public_rows, rounded_up, without
 
 _MIXING_LAYERS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 # Relative slack below C for float32 rounding of a row's norm and weight.
 ROUNDING_MARGIN = 1e-6
 # What inputs and outputs of the layers of one microbatch may take: it should stay in the last cache of a CPU, and on
 # a GPU keep all of it busy. Measured with benchmarks/dp_step.py; twice as much or half costs up to a quarter. But each
-# microbatch also adds to the whole sum: it should have more to work on than that, by this factor. Beyond 512 rows small
-# models gain 4 % and take a fifth more memory.
+# microbatch also adds to the whole sum: it should have more to work on than that, by this factor.
 _TAPE_BYTES = {"cpu": 20e6, "cuda": 2e9}
 _TAPE_PER_SUM = 16
-_MICROBATCH_ROWS = (16, 512)
-# Libraries compute one row, or three, by other kernels than sixteen. Where a last bit decides, such as at the kink of a
-# ReLU, a row more in the batch would change the gradients of others: so there are as many as this, or a multiple.
-_ROWS_ALIKE = 16
-# How often rows that are not finite are replaced. Once, if the model keeps rows apart.
+_FEWEST_ROWS = 16  # of a microbatch, and with how many its size is found
+# How often rows that are not finite are replaced in a compiled graph. Once, if the model keeps rows apart.
 _REPLACEMENTS = 3
-_FLOAT32_ROWS = 1024
 # How PyTorch says that something is changed in place where gradients begin.
 _IN_PLACE = "a leaf Variable that requires grad"
-
-
-def sensitivity_slack(expected_batch_size: float) -> float:
-    """What float32 may add to the effect of one row on the sum, relative to C: at least three times what was seen.
-
-    One row more shifts all the others in their microbatches, whose sums then round differently: with nearly equal rows
-    by up to 1.3e-4 for 1,024 of them and 4.5e-4 for 10,000.
-    """
-    return 5e-4 * max(1.0, math.sqrt(expected_batch_size / _FLOAT32_ROWS))
 
 
 class ClippedGradients(Protocol):
     """One clipping engine around one model. The contract is the table at the top of the module."""
 
-    def __call__(self, x_BD: torch.Tensor, y_B: torch.Tensor) -> torch.Tensor:
-        """The sum [P], float64, of the clipped gradients of the rows. The model's own `.grad` fields are left empty."""
+    def ranges(self, x_ND: torch.Tensor, y_N: torch.Tensor) -> int:
+        """Into how many ranges the rows of a batch are to be put. Of x_ND and y_N, shapes and types alone are read.
+
+        The first call tries, on rows of random numbers, that this device computes a row alike whatever is beside it.
+
+        Raises:
+            InputError: it does not.
+        """
+        ...
+
+    def __call__(self, x_BD: torch.Tensor, y_B: torch.Tensor, blocks: Blocks | None = None) -> torch.Tensor:
+        """The sum [P], float64, of the clipped gradients of the rows, which are in the order of `blocks`.
+
+        Each element is a whole number of the grid's units. The model's own `.grad` fields are left empty.
+        """
         ...
 
     def close(self) -> None:
@@ -97,6 +96,8 @@ class ClippingOptions:
     """Through `torch.compile`: microbatches then have one fixed shape, the last padded and masked."""
     autocast: torch.dtype | None = None
     """The precision of the forward and backward pass; norms and sums stay float32."""
+    tried: bool = True
+    """Off only where nothing is released: a rehearsal finds out why a model computes a row otherwise beside others."""
 
     def __post_init__(self) -> None:
         if self.microbatch_rows is not None and self.microbatch_rows < 1:
@@ -143,7 +144,7 @@ class BookkeepingGradients:
     def __init__(
         self,
         model: nn.Module,
-        max_grad_norm: float,
+        grid: Grid,
         options: ClippingOptions | None = None,
         losses: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = row_losses,
     ) -> None:
@@ -153,71 +154,104 @@ class BookkeepingGradients:
             InputError: a layer that cannot be trained privately, or products that are rounded.
         """
         self._options = options or ClippingOptions()
-        if not 0.0 < max_grad_norm < float("inf"):
-            raise ValueError("max_grad_norm is positive and finite")
-        self._rows = self._options.microbatch_rows
+        self._grid = grid
         check_layers(model)
         require_whole_products()
         self._model, self._losses = model, losses
         self._parameters = _Parameters(model)
         groups = self._parameters.layers if self._options.per_layer else 1
-        self._bound = max_grad_norm * (1.0 - ROUNDING_MARGIN) / groups**0.5
+        self._bound = grid.bound * (1.0 - ROUNDING_MARGIN) / groups**0.5
         self._tape: list[Use] = []
-        self._sums: _Sums | None = None
+        self._rows = self._step = self._several = 0  # of a microbatch, its steps, and blocks of several positions
         self._waiting: list[torch.Tensor] = []
         self._probes: list[torch.Tensor] | None = None
         self._calls: list[Use] = []
         self._hooks = align_rows(model) + [
             layer.register_forward_hook(self._note(name)) for name, layer in model.named_modules() if trains(layer)
         ]
-        self._microbatch: Callable[..., tuple[torch.Tensor, _Add]] = self._eager
         if self._options.compiled:
             self._compiled_sums = torch.compile(self._sums_with_probes, fullgraph=True, dynamic=False)
-            self._microbatch = self._compiled
 
-    def __call__(self, x_BD: torch.Tensor, y_B: torch.Tensor) -> torch.Tensor:
-        sums = self._sums = self._sums or _Sums(self._parameters.shapes, x_BD.device)
+    def ranges(self, x_ND: torch.Tensor, y_N: torch.Tensor) -> int:
+        if not self._rows:
+            self._prepare(x_ND, y_N)
+        return ranges_for(self._grid.rows_a_rank, self._rows)
+
+    def __call__(self, x_BD: torch.Tensor, y_B: torch.Tensor, blocks: Blocks | None = None) -> torch.Tensor:
+        total_P = torch.zeros(sum(self._parameters.sizes), dtype=torch.float64, device=x_BD.device)
         if not len(x_BD):
-            return sums.take()
-        rows = self._rows = self._rows or self._fitting(x_BD, y_B)
-        for start in range(0, len(x_BD), rows):
-            x, y = x_BD[start : start + rows], y_B[start : start + rows]
-            x, y, mask_B = filled(x, y, rows if self._options.compiled else min(rows, rows_alike(len(x))))
-            self._add_finite(sums, x, y, mask_B)
-            sums.count(len(x))
-        return sums.take()
+            return total_P
+        blocks = blocks or Blocks(spread(len(x_BD)), self.ranges(x_BD, y_B))
+        add = self._add_compiled if self._options.compiled else self._add_eager
+        parts = [
+            part.view(shape)
+            for part, shape in zip(torch.split(total_P, self._parameters.sizes), self._parameters.shapes, strict=True)
+        ]
+        for start, stop in blocks.of_at_most(self._rows):
+            x, y, mask_B = filled(x_BD[start:stop], y_B[start:stop], rounded_up(stop - start, self._step))
+            add(parts, x, y, mask_B, blocks.within(start, stop))
+        return total_P
 
     def close(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._tape.clear()
 
-    def _fitting(self, x: torch.Tensor, y: torch.Tensor) -> int:
-        """How many rows a microbatch should have, by what the first few take; a power of two."""
-        fewest, most = _MICROBATCH_ROWS
-        x, y = x[:fewest], y[:fewest]
-        with torch.no_grad():
-            uses = self._forward(x, y, torch.ones(len(x), device=x.device))[1]
+    def _prepare(self, x_ND: torch.Tensor, y_N: torch.Tensor) -> None:
+        """Choose how many rows a microbatch has, and see that they do not depend on each other.
+
+        Raises:
+            InputError: they do.
+        """
+        x, y = public_rows(self._model, x_ND, y_N, _FEWEST_ROWS)
+        uses, gradients = self._tried(x, y)
         row_bytes = sum(t.numel() * t.element_size() for use in uses for t in (use.a, use.output)) / len(x)
-        sum_bytes = 4 * sum(shape.numel() for shape in self._parameters.shapes)
-        tape_bytes = max(_TAPE_BYTES.get(x.device.type, _TAPE_BYTES["cpu"]), _TAPE_PER_SUM * sum_bytes)
-        fitting = int(tape_bytes / row_bytes)
-        return max(fewest, min(most, 1 << max(0, fitting.bit_length() - 1)))
+        self._several = min((g.rows_at_once() for g in gradients if g is not None), default=MOST_ROWS)
+        tape_bytes = max(
+            _TAPE_BYTES.get(x.device.type, _TAPE_BYTES["cpu"]), _TAPE_PER_SUM * 4 * sum(self._parameters.sizes)
+        )
+        fitting = 1 << max(0, int(tape_bytes / row_bytes).bit_length() - 1)
+        most = self._several if self._options.compiled else MOST_ROWS
+        self._rows = min(self._options.microbatch_rows or max(_FEWEST_ROWS, fitting), most)
+        if not self._options.tried:
+            self._step = 1
+            return
+        self._step = fitting_step(
+            self._computed, lambda rows: public_rows(self._model, x_ND, y_N, rows), self._rows,
+            fixed=self._options.compiled,
+        )  # fmt: skip
 
-    def _add_finite(self, sums: _Sums, x: torch.Tensor, y: torch.Tensor, mask_B: torch.Tensor) -> None:
-        """Add the rows that are finite: zero times infinity would be no zero, so others take the places of the rest."""
-        for _ in range(_REPLACEMENTS):
-            finite_B, add = self._microbatch(x, y, mask_B)
-            if bool(finite_B.all()):
-                add(sums.parts)
-                return
-            if not bool(finite_B.any()):
-                return
-            x, y, mask_B = without(~finite_B, x, y, mask_B)
-        raise IntegrityError("whether a row's gradient is finite depends on the others", "compute each row by itself")
+    def _computed(self, x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+        """What is computed of each row, as its gradient follows from it: [B, ...] each."""
+        if self._options.compiled:
+            return list(self._graph(x, y, torch.ones(len(x), device=x.device))[1:3])
+        uses, _ = self._tried(x, y)
+        weighed = self._weigh(uses, torch.zeros(len(x), device=x.device), torch.ones(len(x), device=x.device))
+        return [weighed.norms.mT, *(use.a for use in uses), *(use.g for use in uses if use.g is not None)]
 
-    def _eager(self, x: torch.Tensor, y: torch.Tensor, mask_B: torch.Tensor) -> tuple[torch.Tensor, _Add]:
+    def _tried(self, x: torch.Tensor, y: torch.Tensor) -> tuple[list[Use], list[RowGradients | None]]:
+        losses_B, uses = self._forward(x, y, torch.ones(len(x), device=x.device))
+        self._backward(losses_B, uses)
+        with torch.no_grad():
+            return uses, self._parameters.gradients(uses)
+
+    def _add_eager(
+        self, parts: list[torch.Tensor], x: torch.Tensor, y: torch.Tensor, mask_B: torch.Tensor, blocks: Slices
+    ) -> None:
         losses_B, uses = self._forward(x, y, mask_B)
+        self._backward(losses_B, uses)
+        with torch.no_grad():
+            weighed = self._weigh(uses, losses_B, mask_B)
+            if not bool(weighed.finite.all()):
+                # Zero times infinity is no zero: what is not finite goes, and other rows have no part in it.
+                for use in uses:
+                    use.a, use.g = (_where(weighed.finite, t) for t in (use.a, use.g))
+                weighed = self._weigh(uses, _where(weighed.finite, losses_B), mask_B * weighed.finite)
+            for part, (gradients, weights_B) in zip(parts, weighed.gradients, strict=True):
+                if gradients is not None:
+                    gradients.add_weighted(weights_B, part, self._grid, blocks)
+
+    def _backward(self, losses_B: torch.Tensor, uses: list[Use]) -> None:
         for use in uses:
             if use.output._version != use.version:
                 raise _changed_in_place(use.name)
@@ -225,17 +259,25 @@ class BookkeepingGradients:
         for use, g in zip(uses, found, strict=True):
             use.g = g if g is not None else torch.zeros_like(use.output)
             use.output = use.g  # the graph may go
-        with torch.no_grad():
-            weighed = self._weigh(uses, losses_B.detach(), mask_B, in_graph=False)
 
-        def add(parts: list[torch.Tensor]) -> None:
-            for part, (gradients, weights_B) in zip(parts, weighed.gradients, strict=True):
-                if gradients is not None:
-                    gradients.add_weighted_sum(weights_B, part)
+    def _add_compiled(
+        self, parts: list[torch.Tensor], x: torch.Tensor, y: torch.Tensor, mask_B: torch.Tensor, _blocks: Slices
+    ) -> None:
+        """A microbatch is no larger than the smallest block, so it is one. Others take the places of bad rows."""
+        for _ in range(_REPLACEMENTS):
+            sums, losses_B, norms_B = self._graph(x, y, mask_B)
+            finite_B = torch.isfinite(losses_B) & torch.isfinite(norms_B).flatten(1).all(1)
+            if bool(finite_B.all()):
+                for part, block in zip(parts, sums, strict=True):
+                    self._grid.add(part, block)
+                return
+            if not bool(finite_B.any()):
+                return
+            x, y, mask_B = without(~finite_B, x, y, mask_B)
 
-        return weighed.finite, torch.no_grad()(add)
-
-    def _compiled(self, x: torch.Tensor, y: torch.Tensor, mask_B: torch.Tensor) -> tuple[torch.Tensor, _Add]:
+    def _graph(
+        self, x: torch.Tensor, y: torch.Tensor, mask_B: torch.Tensor
+    ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
         if self._probes is None:
             with torch.no_grad():
                 self._calls = self._forward(x, y, mask_B)[1]
@@ -243,15 +285,12 @@ class BookkeepingGradients:
             for use in self._calls:
                 use.a = use.output = self._probes[0]  # rows are not kept
         with torch.no_grad():  # from outside: no gradient of a parameter is asked for
-            sums, finite_B, cancelled = self._compiled_sums(self._probes, x, y, mask_B)
-        if bool(cancelled):
-            return self._eager(x, y, mask_B)
-        return finite_B, lambda parts: torch._foreach_add_(parts, sums)
+            return self._compiled_sums(self._probes, x, y, mask_B)
 
     def _sums_with_probes(
         self, probes: list[torch.Tensor], x: torch.Tensor, y: torch.Tensor, mask_B: torch.Tensor
     ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-        """As `_eager`, in one graph: the gradient of a zero that is added to an output is the output's."""
+        """As `_add_eager`, in one graph: the gradient of a zero that is added to an output is the output's."""
 
         def loss(probes: list[torch.Tensor]) -> tuple[torch.Tensor, tuple[torch.Tensor, list[torch.Tensor]]]:
             losses_B, uses = self._forward(x, y, mask_B, probes)
@@ -265,7 +304,7 @@ class BookkeepingGradients:
             torch.zeros(shape, device=x.device) if gradients is None else gradients.weighted_sum(weights_B)
             for shape, (gradients, weights_B) in zip(self._parameters.shapes, weighed.gradients, strict=True)
         ]
-        return sums, weighed.finite, weighed.cancelled
+        return sums, losses_B, weighed.norms.mT
 
     def _forward(
         self, x: torch.Tensor, y: torch.Tensor, mask_B: torch.Tensor, probes: list[torch.Tensor] | None = None
@@ -312,57 +351,31 @@ class BookkeepingGradients:
 
         return hook
 
-    def _weigh(self, uses: list[Use], losses_B: torch.Tensor, mask_B: torch.Tensor, *, in_graph: bool) -> _Weighed:
+    def _weigh(
+        self, uses: list[Use], losses_B: torch.Tensor, mask_B: torch.Tensor, *, in_graph: bool = False
+    ) -> _Weighed:
         gradients = self._parameters.gradients(uses)
-        squares_LB, cancelled = self._parameters.squared_norms(gradients, in_graph=in_graph)
-        norms_LB = (squares_LB if self._options.per_layer else squares_LB.sum(0, keepdim=True)).sqrt()
+        for each in gradients:
+            if each is not None:
+                each.in_blocks_of(self._several)
+        whole = not self._options.per_layer
+        norms_LB = self._parameters.squared_norms(gradients, whole=whole, in_graph=in_graph).sqrt()
         finite_B = torch.isfinite(losses_B) & torch.isfinite(norms_LB).all(0)
         weights_LB = mask_B * (self._bound / norms_LB.clamp_min(self._bound))
-        places = self._parameters.layer if self._options.per_layer else [0] * len(gradients)
+        places = [0] * len(gradients) if whole else self._parameters.layer
         weighted = [(rows, weights_LB[place]) for rows, place in zip(gradients, places, strict=True)]
-        return _Weighed(weighted, finite_B, cancelled)
+        return _Weighed(weighted, finite_B, norms_LB)
 
 
 class _Weighed(NamedTuple):
-    """Each parameter's gradients with the weights of the rows [B]; which rows are finite [B]; and, of a graph, whether
-    it takes float64 to tell the norm of a row, which a graph cannot do for some rows only."""
+    """Each parameter's gradients with the rows' weights [B]; which rows are finite [B]; norms, [L, B] or [1, B]."""
 
     gradients: list[tuple[RowGradients | None, torch.Tensor]]
     finite: torch.Tensor
-    cancelled: torch.Tensor
+    norms: torch.Tensor
 
 
-_Add = Callable[[list[torch.Tensor]], None]
-
-
-class _Sums:
-    """The running sum, one flat vector: float32 for up to `_FLOAT32_ROWS` rows, float64 beyond."""
-
-    def __init__(self, shapes: list[torch.Size], device: torch.device) -> None:
-        self._near = torch.zeros(sum(shape.numel() for shape in shapes), device=device)
-        pieces = torch.split(self._near, [shape.numel() for shape in shapes])
-        self.parts = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
-        self._far: torch.Tensor | None = None
-        self._rows = 0
-
-    def count(self, rows: int) -> None:
-        """This many more rows have been added to `parts`."""
-        self._rows += rows
-        if self._rows + rows > _FLOAT32_ROWS:
-            self._carry()
-
-    def take(self) -> torch.Tensor:
-        """The sum, in float64; the next one starts at zero."""
-        if self._rows or self._far is None:
-            self._carry()
-        assert self._far is not None  # noqa: S101  (what `_carry` is for)
-        total, self._far = self._far, None
-        return total
-
-    def _carry(self) -> None:
-        self._far = self._near.double() if self._far is None else self._far.add_(self._near)
-        self._near.zero_()
-        self._rows = 0
+Slices = Callable[[int], list[slice]]
 
 
 class _Parameters:
@@ -385,6 +398,7 @@ class _Parameters:
         self.layer = [layer_of[place] for place in range(len(self._all))]
         self.layers = count
         self.shapes = [parameter.shape for parameter in self._all]
+        self.sizes = [parameter.numel() for parameter in self._all]
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
@@ -405,27 +419,29 @@ class _Parameters:
                 parts[self._place[use.name, name]].append(rows)
         return [None if not found else found[0] if len(found) == 1 else Tied(found) for found in parts]
 
-    def squared_norms(
-        self, gradients: list[RowGradients | None], *, in_graph: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[L, B], and, `in_graph`, whether there is one to be computed again without it."""
+    def squared_norms(self, gradients: list[RowGradients | None], *, whole: bool, in_graph: bool) -> torch.Tensor:
+        """[L, B], or [1, B] of all layers together.
+
+        In a graph, which cannot compute some rows anew, those that cancel count for as much as they may.
+        """
         known = [(rows, layer) for rows, layer in zip(gradients, self.layer, strict=True) if rows is not None]
         found = [rows.squares() for rows, _ in known]
-        values_PB = torch.stack([squares.value for squares in found])
-        cancelled = torch.zeros((), dtype=torch.bool, device=values_PB.device)
-        if any(squares.scale is not squares.value for squares in found):
-            scales_PB = torch.stack([squares.scale for squares in found])
-            cancelled_PB = values_PB < CANCELLED * scales_PB
-            cancelled = cancelled_PB.any()
-            if not in_graph and bool(cancelled):
-                for (rows, _), value_B, cancelled_B in zip(known, values_PB, cancelled_PB, strict=True):
-                    if bool(cancelled_B.any()):
-                        value_B[cancelled_B] = rows.in_double(cancelled_B).squares().value.to(value_B.dtype)
-            floors_P1 = torch.tensor([[squares.floor] for squares in found], device=values_PB.device)
-            values_PB = torch.maximum(values_PB, floors_P1 * scales_PB)
-        places = torch.tensor([layer for _, layer in known], device=values_PB.device)
-        squares_LB = values_PB.new_zeros((self.layers, values_PB.shape[1])).index_add(0, places, values_PB)
-        return squares_LB, cancelled
+        values = [squares.value for squares in found]
+        for place, (squares, (rows, _)) in enumerate(zip(found, known, strict=True)):
+            if squares.scale is squares.value:
+                continue
+            if in_graph:
+                values[place] = torch.maximum(squares.value, CANCELLED * squares.scale)
+            elif bool((cancelled_B := squares.value < CANCELLED * squares.scale).any()):
+                values[place][cancelled_B] = rows.in_double(cancelled_B).squares().value.to(squares.value.dtype)
+            if squares.least is not None:
+                values[place] = torch.maximum(values[place], squares.least)
+        # One after the other: `sum` adds up in an order that depends on how many rows there are.
+        layers: list[torch.Tensor] = [torch.zeros_like(values[0])] * (1 if whole else self.layers)
+        for value_B, (_, layer) in zip(values, known, strict=True):
+            place = 0 if whole else layer
+            layers[place] = layers[place] + value_B
+        return torch.stack(layers)
 
 
 def trains(layer: nn.Module) -> bool:
@@ -437,43 +453,10 @@ def _changed_in_place(name: str) -> InputError:
     return InputError(f"the output of layer '{name}' is changed in place", "use inplace=False after it")
 
 
-def rows_alike(rows: int) -> int:
-    """`rows`, rounded up to a multiple of `_ROWS_ALIKE`."""
-    return -(-rows // _ROWS_ALIKE) * _ROWS_ALIKE
-
-
-def filled(x: torch.Tensor, y: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x and y with copies of their first row, up to so many rows, and a mask [B] that is 0 for the copies."""
-    missing = rows - len(x)
-    mask_B = torch.ones(rows, device=x.device)
-    if missing:
-        mask_B[len(x) :] = 0.0
-        x, y = (torch.cat([t, t[:1].expand(missing, *t.shape[1:])]) for t in (x, y))
-    return x, y, mask_B
-
-
-def without(
-    bad_B: torch.Tensor, x: torch.Tensor, y: torch.Tensor, mask_B: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x, y and mask with copies of another row, of no weight, in the places of bad ones."""
-    good = int((~bad_B).nonzero()[0])
-    place_B = torch.arange(len(x), device=x.device).masked_fill(bad_B, good)
-    return x[place_B], y[place_B], mask_B.masked_fill(bad_B, 0.0)
-
-
-def align_rows(model: nn.Module) -> list[RemovableHandle]:
-    """Hooks that let the rows of each linear layer's input begin at multiples of 16 bytes.
-
-    MKL rounds by that in layers of few outputs: a row more in front would change all that come after it.
-    """
-
-    def aligned(_layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        x = inputs[0]
-        if x.is_cuda or not x.shape[-1] % 4:
-            return inputs
-        return (nn.functional.pad(x, (0, -x.shape[-1] % 4))[..., : x.shape[-1]], *inputs[1:])
-
-    return [layer.register_forward_pre_hook(aligned) for layer in model.modules() if isinstance(layer, nn.Linear)]
+def _where(keep_B: torch.Tensor, values: torch.Tensor | None) -> torch.Tensor:
+    assert values is not None  # noqa: S101  (a use's gradient, after the backward pass)
+    shape = (len(keep_B), *[1] * (values.dim() - 1))
+    return torch.where(keep_B.view(shape), values, torch.zeros((), dtype=values.dtype, device=values.device))
 
 
 def require_whole_products() -> None:

@@ -6,11 +6,12 @@ from torch import nn
 
 from cloister.errors import InputError
 from cloister.privacy.clipping import BookkeepingGradients, ClippedGradients, ClippingOptions
+from cloister.privacy.grid import Grid
 from cloister.privacy.opacus_engine import GhostClippedGradients
 
 
 def clipping_engine(
-    name: str, model: nn.Module, max_grad_norm: float, options: ClippingOptions | None = None
+    name: str, model: nn.Module, grid: Grid, options: ClippingOptions | None = None
 ) -> ClippedGradients:
     """The engine `name` around `model`, until its `close`.
 
@@ -18,7 +19,7 @@ def clipping_engine(
         InputError: no such engine, or a layer that it cannot train privately.
     """
     if name == "bookkeeping":
-        return BookkeepingGradients(model, max_grad_norm, options)
+        return BookkeepingGradients(model, grid, options)
     if name == "opacus":
-        return GhostClippedGradients(model, max_grad_norm, options)
+        return GhostClippedGradients(model, grid, options)
     raise InputError("there is no such engine", "use engine: bookkeeping, or opacus")

@@ -3,15 +3,15 @@
 """The noise of `noise`, made on the GPU by one kernel, so that nothing but the key crosses from the host.
 
 Guarantees: the same values as `noise.add_gaussians` for the same key, up to the rounding of logarithm, sine and cosine:
-the same ChaCha20 blocks (RFC 8439 section 2.3), the same 53-bit uniforms, float64 throughout, and one rounding of each
-sum to the tensor's type. Every kernel call reads and writes the tensor once; words and Gaussians stay in registers.
-A key never selects code: the kernel is compiled once, whatever its key words are.
+the same ChaCha20 blocks (RFC 8439 section 2.3), the same uniforms and the same dither, float64 throughout, whole
+numbers of units. Every kernel call reads and writes the tensor once; words and Gaussians stay in registers. A key never
+selects code: the kernel is compiled once, whatever its key words are.
 
 Not promised: secrecy of the key or of draws against other code that runs on the same GPU in this process.
 
 Imported only where the tensor is on a CUDA device. `TRITON_INTERPRET=1` runs the kernel without one.
 
-Shapes: K columns of a program, each one block of radii and one of angles a summand, so eight pairs of values.
+Shapes: K columns of a program, each one block of radii, one of angles and one of dither, so eight pairs of values.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from cloister.privacy.noise import CHUNK_VALUES, put_on_grid
+from cloister.privacy.noise import CHUNK_VALUES, dither_bits
 
 _COLUMNS_PER_PROGRAM = 128  # one a thread, in four warps
 _VALUES_PER_COLUMN = 16
@@ -89,19 +89,27 @@ def _block(counter, nonce, k0, k1, k2, k3, k4, k5, k6, k7):
 
 
 @triton.jit
-def _uniforms(words):
-    """The upper 53 bits as numbers 0 … 1 - 2⁻⁵³."""
-    return (words >> 11).to(tl.int64).to(tl.float64) * 1.1102230246251565e-16
+def _whole(x):
+    """The nearest whole number, of two equally near the even one: beyond 2⁵² a float64 has no other."""
+    return (x + 6755399441055744.0) - 6755399441055744.0
 
 
-@triton.jit(do_not_specialize=["count", *_KEY_WORDS, "std_bits"])
+@triton.jit
+def _dither(half, bits):
+    """The upper `bits` of 32, around 0."""
+    upper = (half >> (32 - bits).to(tl.uint64)).to(tl.int64) - (1 << bits.to(tl.int64)) // 2
+    return tl.where(bits > 0, upper, 0).to(tl.float64)
+
+
+@triton.jit(do_not_specialize=["count", *_KEY_WORDS, "units_bits", "unit_bits", "bits"])
 def _add_gaussians(
-    sum_ptr, count, key_0, key_1, key_2, key_3, key_4, key_5, key_6, key_7, std_bits,
+    sum_ptr, count, key_0, key_1, key_2, key_3, key_4, key_5, key_6, key_7, units_bits, unit_bits, bits,
     CHUNK: tl.constexpr, K: tl.constexpr,  # noqa: N803 - as Triton writes constants
 ):  # fmt: skip
     k0, k1, k2, k3 = key_0.to(tl.uint32), key_1.to(tl.uint32), key_2.to(tl.uint32), key_3.to(tl.uint32)
     k4, k5, k6, k7 = key_4.to(tl.uint32), key_5.to(tl.uint32), key_6.to(tl.uint32), key_7.to(tl.uint32)
-    std = std_bits.to(tl.int64).to(tl.float64, bitcast=True)
+    units = units_bits.to(tl.int64).to(tl.float64, bitcast=True)
+    unit = unit_bits.to(tl.int64).to(tl.float64, bitcast=True)
     programs: tl.constexpr = CHUNK // (16 * K)
     chunk = tl.program_id(0) // programs
     start = chunk.to(tl.int64) * CHUNK
@@ -110,34 +118,36 @@ def _add_gaussians(
     column = (tl.program_id(0) % programs) * K + tl.arange(0, K)
     nonce = chunk.to(tl.uint32)
 
-    u = 1.0 - _uniforms(_block(column.to(tl.uint32), nonce, k0, k1, k2, k3, k4, k5, k6, k7))
-    v = _uniforms(_block((columns + column).to(tl.uint32), nonce, k0, k1, k2, k3, k4, k5, k6, k7))
-    radius = tl.sqrt(-2.0 * tl.log(u))
-    cosines = radius * tl.cos(6.283185307179586 * v)
-    sines = radius * tl.sin(6.283185307179586 * v)
+    words = _block(column.to(tl.uint32), nonce, k0, k1, k2, k3, k4, k5, k6, k7)
+    u = ((words >> 1).to(tl.int64).to(tl.float64) + 1.0) * 1.0842021724855044e-19
+    words = _block((columns + column).to(tl.uint32), nonce, k0, k1, k2, k3, k4, k5, k6, k7)
+    angle = (words >> 11).to(tl.int64).to(tl.float64) * 6.975736996017264e-16
+    words = _block((2 * columns + column).to(tl.uint32), nonce, k0, k1, k2, k3, k4, k5, k6, k7)
+    radius = tl.sqrt(-2.0 * units * units * tl.log(u))
+    cosines = _whole(radius * tl.cos(angle)) + _dither(words & 0xFFFFFFFF, bits)
+    sines = _whole(radius * tl.sin(angle)) + _dither(words >> 32, bits)
 
     place = column[:, None] * 8 + tl.arange(0, 8)[None, :]
     half = columns * 8
     here = (place < half) & (place < values)
     target = sum_ptr + start + place
-    tl.store(target, (tl.load(target, mask=here) + std * cosines).to(sum_ptr.dtype.element_ty), mask=here)
+    tl.store(target, tl.load(target, mask=here) + unit * cosines, mask=here)
     here = place + half < values
     target += half
-    tl.store(target, (tl.load(target, mask=here) + std * sines).to(sum_ptr.dtype.element_ty), mask=here)
+    tl.store(target, tl.load(target, mask=here) + unit * sines, mask=here)
 
 
-def add_gaussians(sum_P: torch.Tensor, key: bytes, std: float) -> None:  # noqa: N803 - its shape
-    """Add the N(0, std²) values of a key to a contiguous vector, once, and round; see `noise.add_gaussians`."""
+def add_gaussians(sum_P: torch.Tensor, key: bytes, std: float, unit: float) -> None:  # noqa: N803 - its shape
+    """Add the N(0, std²) values of a key to a contiguous vector, in whole units; see `noise.add_gaussians`."""
     programs = -(-len(sum_P) // CHUNK_VALUES) * (CHUNK_VALUES // (_VALUES_PER_COLUMN * _COLUMNS_PER_PROGRAM))
     if programs > _PROGRAM_LIMIT:
         raise ValueError(f"noise is added to at most {_PROGRAM_LIMIT // 8 * CHUNK_VALUES} values at once")
-    if programs == 0:
+    if programs == 0 or std == 0.0:
         return
-    # Signed, and a float's bits: Triton takes a type from a value, and would make a float32 of a float.
-    (std_bits,) = struct.unpack("<q", struct.pack("<d", std))
+    # Signed, and floats' bits: Triton takes a type from a value, and would make a float32 of a float.
+    bits_of = struct.unpack("<2q", struct.pack("<2d", std / unit, unit))
     with torch.cuda.device_of(sum_P):
         _add_gaussians[(programs,)](
-            sum_P, len(sum_P), *struct.unpack("<8i", key), std_bits,
+            sum_P, len(sum_P), *struct.unpack("<8i", key), *bits_of, dither_bits(std, unit),
             CHUNK=CHUNK_VALUES, K=_COLUMNS_PER_PROGRAM, num_warps=4,
         )  # fmt: skip
-    put_on_grid(sum_P, std)

@@ -18,20 +18,18 @@ import torch
 from torch import nn
 
 from cloister.errors import InputError
+from cloister.privacy.blocks import Blocks, ranges_for, spread
 from cloister.privacy.clipping import (
     ROUNDING_MARGIN,
     ClippingOptions,
-    align_rows,
     check_layers,
-    filled,
     require_whole_products,
     row_losses,
-    rows_alike,
     trains,
-    without,
 )
+from cloister.privacy.grid import MOST_ROWS, Grid
+from cloister.privacy.microbatch import align_rows, filled, fitting_step, public_rows, rounded_up, without
 
-_MICROBATCH_ROWS = 256
 # Inputs or outputs of a layer. Opacus's norms, sums in float32, are off by 1e-4 for twice as many, by 1e-2 for 2**24.
 _WIDEST = 2**16
 _PARAMETER_LEFTOVERS = frozenset({"grad_sample", "_norm_sample", "_forward_counter", "_current_grad_sample"})
@@ -40,15 +38,13 @@ _PARAMETER_LEFTOVERS = frozenset({"grad_sample", "_norm_sample", "_forward_count
 class GhostClippedGradients:
     """Opacus's ghost clipping for a classifier under cross-entropy. Memory is bounded by `options.microbatch_rows`."""
 
-    def __init__(self, model: nn.Module, max_grad_norm: float, options: ClippingOptions | None = None) -> None:
+    def __init__(self, model: nn.Module, grid: Grid, options: ClippingOptions | None = None) -> None:
         """Put Opacus's hooks on the model, until `close`.
 
         Raises:
             InputError: a layer or an option that this engine does not have.
         """
         options = options or ClippingOptions()
-        if not 0.0 < max_grad_norm < float("inf"):
-            raise ValueError("max_grad_norm is positive and finite")
         if options.per_layer or options.compiled or options.autocast:
             raise InputError("Opacus's engine clips flat, in float32, and is not compiled", "use engine: bookkeeping")
         require_whole_products()
@@ -62,23 +58,32 @@ class GhostClippedGradients:
         from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import GradSampleModuleFastGradientClipping
 
         self._ghost = GradSampleModuleFastGradientClipping(
-            model, loss_reduction="sum", max_grad_norm=max_grad_norm * (1.0 - ROUNDING_MARGIN)
+            model, loss_reduction="sum", max_grad_norm=grid.bound * (1.0 - ROUNDING_MARGIN)
         )
         self._model = model
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._rows = options.microbatch_rows or _MICROBATCH_ROWS
+        self._grid, self._rows = grid, min(options.microbatch_rows or MOST_ROWS, MOST_ROWS)
+        self._step = 0
         self._called: set[str] = set()
         self._watches = align_rows(model) + [
             layer.register_forward_pre_hook(self._watch(name)) for name, layer in model.named_modules() if trains(layer)
         ]
 
-    def __call__(self, x_BD: torch.Tensor, y_B: torch.Tensor) -> torch.Tensor:
-        sum_P = torch.zeros(sum(p.numel() for p in self._parameters), dtype=torch.float64, device=x_BD.device)
-        for start in range(0, len(x_BD), self._rows):
-            rows = slice(start, start + self._rows)
-            x, y = x_BD[rows], y_B[rows]
-            sum_P += self._microbatch(*filled(x, y, min(self._rows, rows_alike(len(x))))).double()
-        return sum_P
+    def ranges(self, x_ND: torch.Tensor, y_N: torch.Tensor) -> int:
+        if not self._step:
+            self._step = fitting_step(self._norm_pass, lambda rows: self._public(x_ND, y_N, rows), self._rows)
+            self._clear()
+        return ranges_for(self._grid.rows_a_rank, self._rows)
+
+    def __call__(self, x_BD: torch.Tensor, y_B: torch.Tensor, blocks: Blocks | None = None) -> torch.Tensor:
+        total_P = torch.zeros(sum(p.numel() for p in self._parameters), dtype=torch.float64, device=x_BD.device)
+        if not len(x_BD):
+            return total_P
+        blocks = blocks or Blocks(spread(len(x_BD)), self.ranges(x_BD, y_B))
+        for start, stop in blocks.of_at_most(self._rows):
+            whole = rounded_up(stop - start, self._step)
+            self._grid.add(total_P, self._microbatch(*filled(x_BD[start:stop], y_B[start:stop], whole)))
+        return total_P
 
     def close(self) -> None:
         """Take the engine off the model: its hooks, and the per-row norms that Opacus leaves on each parameter."""
@@ -91,6 +96,10 @@ class GhostClippedGradients:
                 delattr(parameter, name)
         for layer in self._model.modules():
             vars(layer).pop("activations", None)
+
+    def _public(self, x_ND: torch.Tensor, y_N: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        self._called.clear()
+        return public_rows(self._model, x_ND, y_N, rows)
 
     def _microbatch(self, x_BD: torch.Tensor, y_B: torch.Tensor, mask_B: torch.Tensor) -> torch.Tensor:
         weights_B, losses_B = self._norm_pass(x_BD, y_B)

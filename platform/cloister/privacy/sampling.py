@@ -22,10 +22,12 @@ Not promised: constant time. How long a step takes depends on the size of its ba
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from cloister.errors import InputError
 from cloister.privacy.keystream import Keystream
 
 _WORD_BITS = 64
@@ -99,6 +101,23 @@ class PoissonSampler:
                 number = number << _WORD_BITS | word
             counts[block] = bisect_right(self._boundaries, number)
         return counts.astype(np.int64, copy=False)
+
+
+class ShardedBatches:
+    """One Poisson sampler for each shard; their batches together, as rows of the whole."""
+
+    def __init__(self, shards: Sequence[tuple[str, int]], sample_rate: float, key_of: Callable[[str], bytes]) -> None:
+        names = [name for name, _ in shards]
+        if len(set(names)) != len(names):
+            raise InputError("two shards have one name, and would be sampled alike", "name each shard once")
+        self._samplers = [PoissonSampler(rows, sample_rate, key_of(name)) for name, rows in shards]
+        self._starts = np.cumsum([0, *(rows for _, rows in shards)])
+        self.rows = int(self._starts[-1])
+
+    def next_batch(self) -> npt.NDArray[np.int64]:
+        """Row numbers, ascending; possibly none."""
+        parts = [s.next_batch() + start for s, start in zip(self._samplers, self._starts, strict=False)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def binomial_boundaries(shift: int, threshold: int) -> list[int]:

@@ -11,9 +11,6 @@ Guarantees, for each of `plan.steps` steps, if every rank of the run calls `trai
     6. average  by the public q·N, never by a realised batch size
     7. step     the optimiser sees the noisy average only: its state is post-processing and costs no privacy
 
-Each shard has a sampler of its own, under a key of its own: which ranks hold which shards, and how many ranks there
-are, changes nothing in what is sampled with which probability.
-
 A rank's noise alone protects its rows less than the plan says: the plan holds for what the sum releases, and the
 ranks of one run trust each other. `all_reduce` must therefore not be observable from outside the cluster.
 
@@ -25,22 +22,16 @@ Shapes: N rows on this rank, D inputs, B rows in a batch, P trainable parameters
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
 from cloister.errors import InputError
-from cloister.privacy.clipping import ClippedGradients, ClippingOptions, sensitivity_slack
-from cloister.privacy.engines import clipping_engine
-from cloister.privacy.keystream import derive_key
-from cloister.privacy.noise import GaussianNoise
+from cloister.privacy.clipping import ClippedGradients, ClippingOptions
+from cloister.privacy.mechanism import Mechanism, noise_std
 from cloister.privacy.plan import BLOCK_STEPS, PrivacyPlan
-from cloister.privacy.sampling import PoissonSampler
 from cloister.training.tripwires import StreamWatch, Tripwires
 
 PUBLIC_SHARD = "public/canaries"
@@ -107,17 +98,11 @@ def train(
     if not 0 <= rank < world_size or not 0 <= resume_from <= plan.steps or block_steps < 1:
         raise ValueError("rank, resume_from or block_steps is out of range")
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    clipped = clipped_gradients or clipping_engine(engine, model, plan.max_grad_norm, options)
-    batches = ShardedBatches(
-        shards or [(f"rank-{rank}", len(x_ND))], plan.sample_rate,
-        lambda shard: derive_key(secret, purpose=f"sampling/{shard}", run=run, attempt=attempt, rank=0),
+    mechanism = Mechanism(
+        plan, model, x_ND, y_N, shards=shards or [(f"rank-{rank}", len(x_ND))], run=run, attempt=attempt, rank=rank,
+        world_size=world_size, secret=secret, engine=engine, options=options, clipped_gradients=clipped_gradients,
     )  # fmt: skip
-    if batches.rows != len(x_ND):
-        raise InputError("the shards have other numbers of rows than there are", "name each shard of x_ND, in order")
-    noise = GaussianNoise(secret, run=run, attempt=attempt, rank=rank)
-    total_std = plan.noise_multiplier * plan.max_grad_norm * (1 + sensitivity_slack(plan.expected_batch_size))
-    rank_std = total_std / math.sqrt(world_size)
-    tripwires, streams = Tripwires(model, plan, total_std), StreamWatch(plan.sample_rate, len(x_ND))
+    tripwires, streams = Tripwires(model, plan, noise_std(plan)), StreamWatch(plan.sample_rate, len(x_ND))
 
     model.train()
     try:
@@ -125,12 +110,11 @@ def train(
             block_end = min(step - (step - resume_from) % block_steps + block_steps, plan.steps)
             if (step - resume_from) % block_steps == 0:
                 commit_block(step, block_end)  # 1
-            rows_B = batches.next_batch()  # 2
+            rows_B = mechanism.sample()  # 2
             streams.see_batch(rows_B)
-            index_B = torch.from_numpy(rows_B).to(x_ND.device)
-            sum_P = clipped(x_ND[index_B], y_N[index_B])  # 3
+            sum_P = mechanism.clipped_sum(rows_B)  # 3
             with streams.watching_noise(sum_P):
-                noise.add_to(step, sum_P, rank_std)  # 4
+                mechanism.add_noise(step, sum_P)  # 4
             all_reduce(sum_P)  # 5
             tripwires.see_sum(sum_P)
             set_gradients(parameters, sum_P, plan.expected_batch_size)  # 6
@@ -143,25 +127,7 @@ def train(
     finally:
         optimizer.zero_grad(set_to_none=True)
         model.eval()
-        if clipped_gradients is None:
-            clipped.close()
-
-
-class ShardedBatches:
-    """One Poisson sampler for each shard; their batches together, as rows of the whole."""
-
-    def __init__(self, shards: Sequence[tuple[str, int]], sample_rate: float, key_of: Callable[[str], bytes]) -> None:
-        names = [name for name, _ in shards]
-        if len(set(names)) != len(names):
-            raise InputError("two shards have one name, and would be sampled alike", "name each shard once")
-        self._samplers = [PoissonSampler(rows, sample_rate, key_of(name)) for name, rows in shards]
-        self._starts = np.cumsum([0, *(rows for _, rows in shards)])
-        self.rows = int(self._starts[-1])
-
-    def next_batch(self) -> npt.NDArray[np.int64]:
-        """Row numbers, ascending; possibly none."""
-        parts = [s.next_batch() + start for s, start in zip(self._samplers, self._starts, strict=False)]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        mechanism.close()
 
 
 def _require_rows(x_ND: torch.Tensor, y_N: torch.Tensor, plan: PrivacyPlan, public: int) -> None:

@@ -24,9 +24,12 @@ from torch import nn
 
 from cloister.errors import InputError
 from cloister.privacy.clipping import BookkeepingGradients, ClippingOptions, row_losses
+from cloister.privacy.grid import Grid
+from cloister.privacy.microbatch import random_inputs
 
 _ROWS = 6
 _NO_CLIPPING = 1e30
+_FINE = 2.0**-60  # the unit of sums that are not released
 _TOLERANCE = 1e-3  # relative; float32 in batches of another size
 
 
@@ -37,22 +40,17 @@ def rehearse(model: nn.Module, x_ND: torch.Tensor) -> None:
         InputError: the model mixes rows, or a parameter has no part in its output; names the parameter.
     """
     model = copy.deepcopy(model).eval()  # without dropout, or no two passes are alike
-    generator = torch.Generator().manual_seed(0)
-    shape = (_ROWS, *x_ND.shape[1:])
-    if x_ND.is_floating_point():
-        x = torch.rand(shape, generator=generator, dtype=x_ND.dtype)
-    else:
-        tables = [layer.num_embeddings for layer in model.modules() if isinstance(layer, nn.Embedding)]
-        x = torch.randint(0, min(tables, default=2), shape, generator=generator, dtype=x_ND.dtype)
-    x = x.to(x_ND.device)
+    x = random_inputs(model, x_ND, _ROWS)
     with torch.no_grad():
         logits = model(x)
     if logits.shape[0] != _ROWS:
         raise InputError("the model's output has another number of rows than its input", "keep the batch first")
-    y = torch.randint(0, logits.shape[-1], logits.shape[:-1], generator=generator).to(x_ND.device)
+    y = torch.randint(0, logits.shape[-1], logits.shape[:-1], generator=torch.Generator().manual_seed(0)).to(
+        x_ND.device
+    )
 
-    together = _summed(model, x, y, ClippingOptions())
-    apart = _summed(model, x, y, ClippingOptions(microbatch_rows=1))
+    together = _summed(model, x, y, ClippingOptions(tried=False))
+    apart = _summed(model, x, y, ClippingOptions(tried=False, microbatch_rows=1))
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     try:
         plain = torch.autograd.grad(row_losses(model(x), y).sum(), [p for _, p in named], allow_unused=True)
@@ -78,7 +76,7 @@ def rehearse(model: nn.Module, x_ND: torch.Tensor) -> None:
 
 
 def _summed(model: nn.Module, x_ND: torch.Tensor, y_N: torch.Tensor, options: ClippingOptions) -> torch.Tensor:
-    clipped = BookkeepingGradients(model, _NO_CLIPPING, options)
+    clipped = BookkeepingGradients(model, Grid(_FINE, _NO_CLIPPING, _ROWS), options)
     try:
         return clipped(x_ND, y_N)
     finally:

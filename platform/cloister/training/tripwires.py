@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from cloister.errors import IntegrityError
+from cloister.privacy.grid import SLACK
 from cloister.privacy.plan import PrivacyPlan
 
 STEPS = 3
@@ -46,7 +47,7 @@ class Tripwires:
         rows = plan.expected_batch_size
         most_rows = rows + _UPPER_TAIL * math.sqrt(rows) + _UPPER_TAIL**2
         size = sum(parameter.numel() for _, parameter in self._named)
-        self._longest = most_rows * plan.max_grad_norm * 1.001 + noise_std * (math.sqrt(size) + _UPPER_TAIL)
+        self._longest = most_rows * plan.max_grad_norm * (1 + SLACK) + noise_std * (math.sqrt(size) + _UPPER_TAIL)
         self._seen = 0
 
     def see_sum(self, sum_P: torch.Tensor) -> None:

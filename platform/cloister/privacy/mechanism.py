@@ -1,0 +1,98 @@
+# ruff: noqa: N803 - the letters after a tensor's name are its shape
+"""What a plan is made of on one rank: the sampler, the clipping and the noise that its accountant reckons with.
+
+Guarantees: who trains by a plan takes all three from here, so that the accountant and the loop cannot disagree. Each
+shard is sampled under a key of its own, at the plan's rate: which ranks hold which shards, and how many there are,
+changes nothing in what is sampled with which probability. Sums and noise are on the plan's grid (`grid`), and the noise
+of all W ranks together is N(0, (σC)²), times 1 + SLACK for what rounding adds to the effect of a row.
+
+A new attempt has a new number and a new secret. Not promised: bit-identical runs. That noise cannot be repeated is the
+point.
+
+Shapes: N rows on this rank, D inputs, B rows in a batch, P trainable parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from cloister.errors import InputError
+from cloister.privacy.blocks import Blocks, places_of
+from cloister.privacy.clipping import ClippedGradients, ClippingOptions
+from cloister.privacy.engines import clipping_engine
+from cloister.privacy.grid import SLACK, Grid
+from cloister.privacy.keystream import derive_key
+from cloister.privacy.noise import GaussianNoise
+from cloister.privacy.plan import PrivacyPlan
+from cloister.privacy.sampling import ShardedBatches
+
+
+def grid_of(plan: PrivacyPlan, ranks: int) -> Grid:
+    """The same on each rank."""
+    return Grid.of(plan.max_grad_norm, plan.expected_batch_size, plan.noise_multiplier, ranks)
+
+
+def noise_std(plan: PrivacyPlan) -> float:
+    """Of the sum over all ranks."""
+    return plan.noise_multiplier * plan.max_grad_norm * (1 + SLACK)
+
+
+class Mechanism:
+    """Of one rank in one attempt, over its rows."""
+
+    def __init__(
+        self, plan: PrivacyPlan, model: nn.Module, x_ND: torch.Tensor, y_N: torch.Tensor, *,
+        shards: Sequence[tuple[str, int]], run: str, attempt: int, rank: int, world_size: int, secret: bytes,
+        engine: str = "bookkeeping", options: ClippingOptions | None = None,
+        clipped_gradients: ClippedGradients | None = None,
+    ) -> None:  # fmt: skip
+        """`shards` are the names and numbers of rows of the shards that x_ND consists of, in its order.
+
+        Raises:
+            InputError: two shards of one name, other numbers of rows, a layer that cannot be trained privately, or a
+                device that computes a row otherwise when others are beside it.
+        """
+        self._grid = grid_of(plan, world_size)
+        self._rank_std = noise_std(plan) / math.sqrt(world_size)
+
+        def key(purpose: str) -> bytes:
+            return derive_key(secret, purpose=purpose, run=run, attempt=attempt, rank=0)
+
+        self._batches = ShardedBatches(shards, plan.sample_rate, lambda shard: key(f"sampling/{shard}"))
+        if self._batches.rows != len(x_ND):
+            raise InputError(
+                "the shards have other numbers of rows than there are", "name each shard of x_ND, in order"
+            )
+        self._noise = GaussianNoise(secret, run=run, attempt=attempt, rank=rank)
+        self._x_ND, self._y_N = x_ND, y_N
+        self._places_N = places_of(x_ND, y_N, key("places"))
+        self._clipped = clipped_gradients or clipping_engine(engine, model, self._grid, options)
+        self._ranges = self._clipped.ranges(x_ND, y_N)
+
+    def sample(self) -> npt.NDArray[np.int64]:
+        """The row numbers of the next batch, ascending; possibly none."""
+        return self._batches.next_batch()
+
+    def clipped_sum(self, rows_B: npt.NDArray[np.int64]) -> torch.Tensor:
+        """The sum of their clipped gradients: [P], float64, whole units of the grid."""
+        blocks = Blocks(self._places_N[rows_B], self._ranges)
+        rows = torch.from_numpy(rows_B[blocks.order]).to(self._x_ND.device)
+        return self._clipped(self._x_ND[rows], self._y_N[rows], blocks)
+
+    def add_noise(self, step: int, sum_P: torch.Tensor) -> None:
+        """This rank's part of the noise, in place, in whole units.
+
+        Raises:
+            IntegrityError: this step, or a later one, has drawn already.
+        """
+        self._noise.add_to(step, sum_P, self._rank_std, self._grid.unit)
+
+    def close(self) -> None:
+        """Take the engine off the model."""
+        self._clipped.close()

@@ -1,0 +1,115 @@
+# ruff: noqa: N803, N806 - the letters after a tensor's name are its shape
+"""The rows of a microbatch: filled up, aligned, and tried on this device.
+
+Libraries compute one row, or three, by other kernels than sixteen, and round by where in memory it begins. Where a last
+bit decides, such as at the kink of a ReLU, a row more in a batch would change the gradients of others. So rows are
+aligned (`align_rows`), and microbatches are filled up with rows of no weight (`filled`) to a number that was tried on
+this device (`fitting_step`): in each place and at each such number, a row is computed to the same bits. Where that
+cannot be had, nothing is trained.
+
+Shapes: N rows of a rank, B rows of a microbatch, D inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from cloister.errors import InputError
+
+# Microbatches have a multiple of one of these rows. Below four, libraries multiply by other kernels; and where rows are
+# no multiples of pairs of vectors, the last elements of a microbatch go through other functions.
+_STEPS = (4, 8, 16, 32)
+
+
+def random_inputs(model: nn.Module, x_ND: torch.Tensor, rows: int) -> torch.Tensor:
+    """Random numbers, the same each time, for `model`: of the shape and type of x_ND, which is not read."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (rows, *x_ND.shape[1:])
+    if x_ND.is_floating_point():
+        return torch.rand(shape, generator=generator, dtype=x_ND.dtype).to(x_ND.device)
+    tables = [layer.num_embeddings for layer in model.modules() if isinstance(layer, nn.Embedding)]
+    return torch.randint(0, min(tables, default=2), shape, generator=generator, dtype=x_ND.dtype).to(x_ND.device)
+
+
+def public_rows(
+    model: nn.Module, x_ND: torch.Tensor, y_N: torch.Tensor, rows: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random inputs, and labels of the shape and type of y_N, which is not read either."""
+    x = random_inputs(model, x_ND, rows)
+    with torch.no_grad():
+        classes = model(x).shape[-1]
+    y = torch.randint(0, classes, (rows, *y_N.shape[1:]), generator=torch.Generator().manual_seed(0))
+    return x, y.to(y_N.device, y_N.dtype)
+
+
+def fitting_step(
+    computed: Callable[[torch.Tensor, torch.Tensor], Sequence[torch.Tensor]],
+    public: Callable[[int], tuple[torch.Tensor, torch.Tensor]], rows: int, *, fixed: bool = False,
+) -> int:  # fmt: skip
+    """Of what number of rows a microbatch has a multiple, where it has up to so many rows, and others of no weight.
+
+    `computed` gives what is computed of each row, [B, ...]: it has to have the same bits in each place of a microbatch,
+    and at each multiple; `fixed`: at the largest. `public` makes rows for it.
+
+    Raises:
+        InputError: it has not.
+    """
+    for step in _STEPS if rows <= 64 else _STEPS[1:] if rows <= 128 else _STEPS[2:]:  # no more than 16 multiples
+        most = rounded_up(rows, step)
+        x, y = public(most)
+        places = torch.arange(most, device=x.device)
+        expected = [each.detach().clone() for each in computed(x, y)]
+
+        def alike(fill: int) -> bool:
+            some = places.roll(fill // 2 + 1)[:fill]  # noqa: B023 - used within the round
+            found = zip(computed(x[some], y[some]), expected, strict=True)  # noqa: B023
+            return all(torch.equal(got.detach(), each[some]) for got, each in found)
+
+        if all(alike(fill) for fill in ((most,) if fixed else range(step, most + 1, step))):
+            return most if fixed else step
+    raise InputError(
+        "this device computes a row otherwise when others are beside it, so that one row would show in all",
+        "let hidden layers be 8, or 12 or more, wide; or train on another device",
+    )
+
+
+def rounded_up(rows: int, step: int) -> int:
+    return -(-rows // step) * step
+
+
+def filled(x: torch.Tensor, y: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x and y with copies of their first row, up to so many rows, and a mask [B] that is 0 for the copies."""
+    missing = rows - len(x)
+    mask_B = torch.ones(rows, device=x.device)
+    if missing:
+        mask_B[len(x) :] = 0.0
+        x, y = (torch.cat([t, t[:1].expand(missing, *t.shape[1:])]) for t in (x, y))
+    return x, y, mask_B
+
+
+def without(
+    bad_B: torch.Tensor, x: torch.Tensor, y: torch.Tensor, mask_B: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, y and mask with copies of another row, of no weight, in the places of bad ones."""
+    good = int((~bad_B).nonzero()[0])
+    place_B = torch.arange(len(x), device=x.device).masked_fill(bad_B, good)
+    return x[place_B], y[place_B], mask_B.masked_fill(bad_B, 0.0)
+
+
+def align_rows(model: nn.Module) -> list[RemovableHandle]:
+    """Hooks that let the rows of each linear layer's input begin at multiples of 16 bytes.
+
+    MKL rounds by that in layers of few outputs: a row more in front would change all that come after it.
+    """
+
+    def aligned(_layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        x = inputs[0]
+        if x.is_cuda or not x.shape[-1] % 4:
+            return inputs
+        return (nn.functional.pad(x, (0, -x.shape[-1] % 4))[..., : x.shape[-1]], *inputs[1:])
+
+    return [layer.register_forward_pre_hook(aligned) for layer in model.modules() if isinstance(layer, nn.Linear)]
