@@ -55,6 +55,20 @@ def test_a_row_more_in_a_table_moves_the_sum_by_its_own_part() -> None:
         assert float((moved - own).norm()) <= 2e-4 * PLAN.max_grad_norm
 
 
+def test_dropout_draws_from_a_secret_of_the_attempt() -> None:
+    """From a known seed, a row more would be known to give others other masks."""
+    model = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.5), nn.Linear(16, 2))
+    x, y = torch.randn(50, 4), torch.randint(0, 2, (50,))
+    one = mechanism(x, y, model)
+    sums = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        sums.append(one.clipped_sum(np.arange(50)))
+        assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(1)))
+    one.close()
+    assert not torch.equal(*sums)
+
+
 def test_noise_has_the_slack_for_what_rounding_adds() -> None:
     model = build_model({"architecture": "mlp", "hidden": [8]}, 4, 2)
     one = mechanism(torch.randn(50, 4), torch.randint(0, 2, (50,)), model)
@@ -62,7 +76,7 @@ def test_noise_has_the_slack_for_what_rounding_adds() -> None:
     one.add_noise(0, noisy)
     assert abs(float(noisy.std()) / (1.5 * 0.4 * (1 + SLACK)) - 1) < 0.003
     assert noise_std(PLAN) == 1.5 * 0.4 * (1 + SLACK)
-    units = noisy / grid_of(PLAN, 1).unit
+    units = noisy / grid_of(PLAN, 1, 1).unit
     assert torch.equal(units, units.round())
 
 

@@ -32,13 +32,15 @@ def members(places: Places, ranges: int, rows: int) -> set[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("rows", [1, 4, 64])
-def test_a_row_more_changes_one_block_or_splits_it(rows: int) -> None:
-    places = random_places(500)
+@pytest.mark.parametrize("alike", [0, 40])
+def test_a_row_more_changes_one_block_or_splits_it(rows: int, alike: int) -> None:
+    """Also where so many of the places' bits are alike."""
+    places = random_places(500) >> np.uint64(alike)
     for ranges in (1, 7, ranges_for(500, rows)):
         before = members(places, ranges, rows)
         assert sorted(p for block in before for p in block) == sorted(places.tolist())
         assert max(map(len, before)) <= rows
-        for new in random_places(60, seed=1):
+        for new in random_places(60, seed=1) >> np.uint64(alike):
             gone = before - (after := members(np.append(places, new), ranges, rows))
             come = after - before
             assert len(gone) <= 1
@@ -74,8 +76,10 @@ def test_a_place_follows_from_the_row_alone() -> None:
     changed = torch.where(changed == x, torch.nextafter(x, x + 1), changed)
     assert not np.intersect1d(places_of(changed, y, KEY), places).size
     assert np.abs(np.bincount((places >> np.uint64(61)).astype(np.int64), minlength=8) - 37.5).max() < 25
-    for kind in (torch.int64, torch.uint8, torch.float64):
+    for kind in (torch.int64, torch.uint8, torch.float64, torch.bfloat16):
         assert len(np.unique(places_of((x * 1000).to(kind).abs(), y, KEY))) > 290
+    signs = torch.randint(0, 2, (300, 40)).double() * 2 - 1  # which differ in their first bit alone
+    assert len(np.unique(places_of(signs, y, KEY))) == 300
 
 
 def test_blocks_are_filled_well_enough() -> None:
@@ -84,12 +88,13 @@ def test_blocks_are_filled_well_enough() -> None:
 
 
 def test_the_floor_of_a_block_keeps_its_rounding_within_the_slack() -> None:
-    for positions in (1, 2, 3, 16, 49, 64, 197, 256, 1024, 5000):
+    for positions in (1, 2, 3, 16, 49, 64, 197, 256, 1024, 5000, 10**5, 10**7):
         for block in (Block.of(positions), Block.of(positions, 1), Block.of(positions, 4)):
-            n = block.rows * block.positions + 1
+            n = block.rows * block.positions + -(-positions // block.positions)
             gamma = n * 2.0**-24 / (1 - n * 2.0**-24)
             assert math.sqrt(2) * gamma * (2 * block.rows + 1) / block.floor <= grid_module.SUMS * (1 + 1e-12)
-            assert block.floor <= 0.99 if positions == 1 else block.floor <= 0.6 / math.sqrt(positions)
+            most = 0.99 if positions == 1 else 0.6 / math.sqrt(positions)
+            assert 0 < block.floor <= most or positions > 5000
     assert Block.of(1).rows == MOST_ROWS
     assert grid_module.NORMS + grid_module.SUMS + 1.5 * math.sqrt(1e10) * 2.0**-32 <= SLACK
 
@@ -105,8 +110,12 @@ def test_a_grid_holds_whatever_a_batch_comes_to() -> None:
     for bound in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="max_grad_norm"):
             Grid.of(bound, 10)
-    with pytest.raises(InputError, match="out of range"):
-        Grid.of(1e-40, 10)
+    for bound in (1e-40, 9e-7, 2e6):
+        with pytest.raises(InputError, match="out of range"):
+            Grid.of(bound, 10)
+    assert 1.5 * math.sqrt(1e9) * Grid.of(0.3, 1e6, parameters=10**9).unit <= 0.3 * 2**-12
+    with pytest.raises(InputError, match="batches are too large for so many parameters"):
+        Grid.of(1.0, 1e9, parameters=10**8)
 
 
 @pytest.mark.parametrize("engine", ["bookkeeping", "opacus"])
@@ -179,7 +188,7 @@ def test_blocks_of_several_positions_are_small_and_summed_apart(monkeypatch: pyt
     x, y = torch.randint(0, 9, (128, 16)), torch.randint(0, 2, (128,))
     clipped = BookkeepingGradients(model, Grid.of(1.0, 128), ClippingOptions(microbatch_rows=64))
     clipped.ranges(x, y)
-    products = clipped._tried(x[:16], y[:16])[1][1]
+    products = clipped._microbatch(x[:16], y[:16])[1][1]
     weighted_sum = type(products).weighted_sum
 
     def seen(self: object, weights: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
@@ -220,6 +229,16 @@ def test_a_device_that_computes_a_row_otherwise_beside_others_is_refused(engine:
         lopsided = BookkeepingGradients(Lopsided(), Grid.of(1.0, 50), ClippingOptions(microbatch_rows=64))
         lopsided.ranges(x, y)
         assert lopsided._step == 32, "microbatches have such numbers of rows only at which all is alike"
+
+
+@pytest.mark.parametrize("engine", ["bookkeeping", "opacus"])
+def test_models_with_dropout_are_tried_without_it_and_trained_with_it(engine: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.5), nn.Linear(16, 3))
+    x, y = torch.randn(50, 4), torch.randint(0, 3, (50,))
+    clipped = clipping_engine(engine, model, Grid.of(1.0, 50))
+    clipped.ranges(x, y)
+    assert all(layer.training for layer in model.modules())
+    assert not torch.equal(clipped(x, y), clipped(x, y)), "each time with masks of its own"
 
 
 def test_rows_without_places_are_spread() -> None:

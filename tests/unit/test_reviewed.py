@@ -14,7 +14,7 @@ from cloister.authority.core import Caller
 from cloister.client.seal import seal_dataset, signed_manifest
 from cloister.errors import CloisterError, InputError, IntegrityError, PermissionDeniedError, UnavailableError
 from cloister.privacy.grid import SLACK, Grid
-from cloister.privacy.opacus_engine import GhostClippedGradients
+from cloister.privacy.opacus_engine import OpacusGradients
 from cloister.privacy.spec import TrainingSpec
 from cloister.signing import certificates
 
@@ -131,6 +131,6 @@ def test_one_row_among_thousands_moves_the_sum_by_no_more_than_the_noise_allows_
     model = nn.Linear(40, 2)
     x, y = torch.rand(1, 40).repeat(3000, 1) * 50, torch.zeros(3000, dtype=torch.int64)
     y[:] = int(model(x[:1]).argmin())  # all wrong, all alike: every gradient is clipped and points the same way
-    clipped = GhostClippedGradients(model, Grid.of(1.0, 3000))
+    clipped = OpacusGradients(model, Grid.of(1.0, 3000))
     moved = (clipped(x, y) - clipped(x[1:], y[1:])).norm()
     assert 0.99 < float(moved) <= 1.0 + SLACK

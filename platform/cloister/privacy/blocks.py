@@ -26,7 +26,7 @@ import torch
 
 from cloister.privacy.keystream import Keystream
 
-_PLACE_BITS = 32  # of a place, within its range: so often can a range be halved
+_PLACE_BITS = 64  # of a place, within its range: so often can a range be halved
 _ROWS_AT_ONCE = 2**14
 Places = npt.NDArray[np.uint64]
 
@@ -48,11 +48,15 @@ def places_of(x_ND: torch.Tensor, y_N: torch.Tensor, key: bytes) -> Places:
 
 
 def _words(values: torch.Tensor) -> npt.NDArray[np.generic]:
-    """The bytes of each row, in the widest whole words that they fill: [N, W]."""
-    rows = values.detach().cpu().contiguous().flatten(1) if values.dim() > 1 else values.detach().cpu().reshape(-1, 1)
-    flat = rows.numpy()
-    size = flat.itemsize
-    return flat.view(f"<u{size}")
+    """The bits of each row, in words of up to four bytes: [N, W].
+
+    Those of eight are halved: numbers that have few digits differ in the upper half alone, and a product with their
+    difference would do so as well.
+    """
+    rows = values.detach().cpu().contiguous()
+    rows = rows.flatten(1) if rows.dim() > 1 else rows.reshape(-1, 1)
+    flat = rows.view(torch.uint8).numpy()
+    return flat.view(f"<u{min(rows.element_size(), 4)}")
 
 
 def spread(rows: int) -> Places:
@@ -66,10 +70,11 @@ class Blocks:
     def __init__(self, places_B: Places, ranges: int) -> None:
         """`ranges`: how many of equal width there are, 1 … 2³¹."""
         self.order = np.argsort(places_B, kind="stable")
-        # range and place within the range: the whole and the broken part of place · ranges / 2⁶⁴, to 32 bits
-        scaled = (places_B[self.order] >> np.uint64(_PLACE_BITS)) * np.uint64(ranges)
-        self._range_B = scaled >> np.uint64(_PLACE_BITS)
-        self._within_B = scaled & np.uint64(2**_PLACE_BITS - 1)
+        # range and place within the range: the upper and the lower word of place · ranges
+        places, half, many = places_B[self.order], np.uint64(32), np.uint64(ranges)
+        carried = ((places & np.uint64(2**32 - 1)) * many) >> half
+        self._range_B = ((places >> half) * many + carried) >> half
+        self._within_B = places * many
 
     def of_at_most(self, rows: int) -> list[tuple[int, int]]:
         """The blocks of at most so many rows, as first and stop in `order`; none is empty."""

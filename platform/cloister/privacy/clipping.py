@@ -39,11 +39,20 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from cloister.errors import InputError
+from cloister.errors import InputError, IntegrityError
 from cloister.privacy.blocks import Blocks, ranges_for, spread
+from cloister.privacy.gradients import CANCELLED, RowGradients, Tied
 from cloister.privacy.grid import MOST_ROWS, Grid
-from cloister.privacy.layers import CANCELLED, RULES, RowGradients, Tied, Use, row_gradients, unsupported_option
-from cloister.privacy.microbatch import align_rows, filled, fitting_step, public_rows, rounded_up, without
+from cloister.privacy.layers import RULES, Use, row_gradients, trains, unsupported_option
+from cloister.privacy.microbatch import (
+    align_rows,
+    filled,
+    fitting_step,
+    public_rows,
+    rounded_up,
+    tried,
+    without,
+)
 
 _MIXING_LAYERS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 # Relative slack below C for float32 rounding of a row's norm and weight.
@@ -54,7 +63,8 @@ ROUNDING_MARGIN = 1e-6
 _TAPE_BYTES = {"cpu": 20e6, "cuda": 2e9}
 _TAPE_PER_SUM = 16
 _FEWEST_ROWS = 16  # of a microbatch, and with how many its size is found
-# How often rows that are not finite are replaced in a compiled graph. Once, if the model keeps rows apart.
+# How often rows that are not finite are replaced in a compiled graph. Once, if the model keeps rows apart and has no
+# dropout.
 _REPLACEMENTS = 3
 # How PyTorch says that something is changed in place where gradients begin.
 _IN_PLACE = "a leaf Variable that requires grad"
@@ -174,7 +184,8 @@ class BookkeepingGradients:
 
     def ranges(self, x_ND: torch.Tensor, y_N: torch.Tensor) -> int:
         if not self._rows:
-            self._prepare(x_ND, y_N)
+            with tried(self._model):
+                self._prepare(x_ND, y_N)
         return ranges_for(self._grid.rows_a_rank, self._rows)
 
     def __call__(self, x_BD: torch.Tensor, y_B: torch.Tensor, blocks: Blocks | None = None) -> torch.Tensor:
@@ -204,7 +215,7 @@ class BookkeepingGradients:
             InputError: they do.
         """
         x, y = public_rows(self._model, x_ND, y_N, _FEWEST_ROWS)
-        uses, gradients = self._tried(x, y)
+        uses, gradients = self._microbatch(x, y)
         row_bytes = sum(t.numel() * t.element_size() for use in uses for t in (use.a, use.output)) / len(x)
         self._several = min((g.rows_at_once() for g in gradients if g is not None), default=MOST_ROWS)
         tape_bytes = max(
@@ -224,12 +235,14 @@ class BookkeepingGradients:
     def _computed(self, x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
         """What is computed of each row, as its gradient follows from it: [B, ...] each."""
         if self._options.compiled:
-            return list(self._graph(x, y, torch.ones(len(x), device=x.device))[1:3])
-        uses, _ = self._tried(x, y)
-        weighed = self._weigh(uses, torch.zeros(len(x), device=x.device), torch.ones(len(x), device=x.device))
-        return [weighed.norms.mT, *(use.a for use in uses), *(use.g for use in uses if use.g is not None)]
+            return list(self._graph(x, y, torch.ones(len(x), device=x.device))[1:])
+        uses, _ = self._microbatch(x, y)
+        ones_B = torch.ones(len(x), device=x.device)
+        weighed = self._weigh(uses, torch.zeros_like(ones_B), ones_B)
+        parts = [gradients.made_of() for gradients, _ in weighed.gradients if gradients is not None]
+        return [weighed.squares, *(each for part in parts for each in part)]
 
-    def _tried(self, x: torch.Tensor, y: torch.Tensor) -> tuple[list[Use], list[RowGradients | None]]:
+    def _microbatch(self, x: torch.Tensor, y: torch.Tensor) -> tuple[list[Use], list[RowGradients | None]]:
         losses_B, uses = self._forward(x, y, torch.ones(len(x), device=x.device))
         self._backward(losses_B, uses)
         with torch.no_grad():
@@ -265,8 +278,8 @@ class BookkeepingGradients:
     ) -> None:
         """A microbatch is no larger than the smallest block, so it is one. Others take the places of bad rows."""
         for _ in range(_REPLACEMENTS):
-            sums, losses_B, norms_B = self._graph(x, y, mask_B)
-            finite_B = torch.isfinite(losses_B) & torch.isfinite(norms_B).flatten(1).all(1)
+            sums, losses_B, squares_BM = self._graph(x, y, mask_B)
+            finite_B = torch.isfinite(losses_B) & torch.isfinite(squares_BM).all(1)
             if bool(finite_B.all()):
                 for part, block in zip(parts, sums, strict=True):
                     self._grid.add(part, block)
@@ -274,6 +287,7 @@ class BookkeepingGradients:
             if not bool(finite_B.any()):
                 return
             x, y, mask_B = without(~finite_B, x, y, mask_B)
+        raise IntegrityError("rows that are not finite spread to others", "keep rows apart in the model's forward pass")
 
     def _graph(
         self, x: torch.Tensor, y: torch.Tensor, mask_B: torch.Tensor
@@ -304,7 +318,7 @@ class BookkeepingGradients:
             torch.zeros(shape, device=x.device) if gradients is None else gradients.weighted_sum(weights_B)
             for shape, (gradients, weights_B) in zip(self._parameters.shapes, weighed.gradients, strict=True)
         ]
-        return sums, losses_B, weighed.norms.mT
+        return sums, losses_B, weighed.squares
 
     def _forward(
         self, x: torch.Tensor, y: torch.Tensor, mask_B: torch.Tensor, probes: list[torch.Tensor] | None = None
@@ -359,20 +373,21 @@ class BookkeepingGradients:
             if each is not None:
                 each.in_blocks_of(self._several)
         whole = not self._options.per_layer
-        norms_LB = self._parameters.squared_norms(gradients, whole=whole, in_graph=in_graph).sqrt()
+        squares = self._parameters.squared_norms(gradients, in_graph=in_graph)
+        norms_LB = self._parameters.norms_of_layers(squares, whole=whole)
         finite_B = torch.isfinite(losses_B) & torch.isfinite(norms_LB).all(0)
         weights_LB = mask_B * (self._bound / norms_LB.clamp_min(self._bound))
         places = [0] * len(gradients) if whole else self._parameters.layer
         weighted = [(rows, weights_LB[place]) for rows, place in zip(gradients, places, strict=True)]
-        return _Weighed(weighted, finite_B, norms_LB)
+        return _Weighed(weighted, finite_B, torch.stack([value_B for _, value_B in squares], dim=1))
 
 
 class _Weighed(NamedTuple):
-    """Each parameter's gradients with the rows' weights [B]; which rows are finite [B]; norms, [L, B] or [1, B]."""
+    """Each parameter's gradients with the rows' weights [B]; which rows are finite [B]; each one's squared norms."""
 
     gradients: list[tuple[RowGradients | None, torch.Tensor]]
     finite: torch.Tensor
-    norms: torch.Tensor
+    squares: torch.Tensor
 
 
 Slices = Callable[[int], list[slice]]
@@ -419,8 +434,8 @@ class _Parameters:
                 parts[self._place[use.name, name]].append(rows)
         return [None if not found else found[0] if len(found) == 1 else Tied(found) for found in parts]
 
-    def squared_norms(self, gradients: list[RowGradients | None], *, whole: bool, in_graph: bool) -> torch.Tensor:
-        """[L, B], or [1, B] of all layers together.
+    def squared_norms(self, gradients: list[RowGradients | None], *, in_graph: bool) -> list[tuple[int, torch.Tensor]]:
+        """Of each parameter that had a part in the forward pass, its layer's number and [B].
 
         In a graph, which cannot compute some rows anew, those that cancel count for as much as they may.
         """
@@ -436,17 +451,16 @@ class _Parameters:
                 values[place][cancelled_B] = rows.in_double(cancelled_B).squares().value.to(squares.value.dtype)
             if squares.least is not None:
                 values[place] = torch.maximum(values[place], squares.least)
+        return [(layer, value_B) for value_B, (_, layer) in zip(values, known, strict=True)]
+
+    def norms_of_layers(self, squares: list[tuple[int, torch.Tensor]], *, whole: bool) -> torch.Tensor:
+        """[L, B], or [1, B] of all layers together."""
         # One after the other: `sum` adds up in an order that depends on how many rows there are.
-        layers: list[torch.Tensor] = [torch.zeros_like(values[0])] * (1 if whole else self.layers)
-        for value_B, (_, layer) in zip(values, known, strict=True):
+        layers: list[torch.Tensor] = [torch.zeros_like(squares[0][1])] * (1 if whole else self.layers)
+        for layer, value_B in squares:
             place = 0 if whole else layer
             layers[place] = layers[place] + value_B
-        return torch.stack(layers)
-
-
-def trains(layer: nn.Module) -> bool:
-    """Whether it has a trainable parameter of its own."""
-    return any(parameter.requires_grad for parameter in layer.parameters(recurse=False))
+        return torch.stack(layers).sqrt()
 
 
 def _changed_in_place(name: str) -> InputError:

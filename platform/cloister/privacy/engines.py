@@ -7,7 +7,7 @@ from torch import nn
 from cloister.errors import InputError
 from cloister.privacy.clipping import BookkeepingGradients, ClippedGradients, ClippingOptions
 from cloister.privacy.grid import Grid
-from cloister.privacy.opacus_engine import GhostClippedGradients
+from cloister.privacy.opacus_engine import OpacusGradients
 
 
 def clipping_engine(
@@ -21,5 +21,5 @@ def clipping_engine(
     if name == "bookkeeping":
         return BookkeepingGradients(model, grid, options)
     if name == "opacus":
-        return GhostClippedGradients(model, grid, options)
+        return OpacusGradients(model, grid, options)
     raise InputError("there is no such engine", "use engine: bookkeeping, or opacus")

@@ -24,7 +24,7 @@ randomness, so that their batches differ by that row. Then, in units of C:
      at most 1/floor. Before and after, the block is off by γ(n)·(2r + 1)/floor at most.
   4. Different parameters have blocks of different rows, but of two sizes only, for single positions and for several:
      that makes √2 of it, at most (Cauchy and Schwarz, row by row).
-  5. Rounding three blocks of P values each to whole units: 1.5·√P·unit.
+  5. Rounding three blocks of P values each to whole units: 1.5·√P·unit, at most `_ROUNDED`.
 `Block.of` chooses r and the floor such that 3 and 4 come to `SUMS`, whatever the number of rows: it does not grow with
 the table. Noise is scaled by 1 + `SLACK`, which is all of this together.
 """
@@ -41,7 +41,9 @@ from cloister.errors import InputError
 
 SLACK = 2.0**-6
 NORMS = 2.0**-8
-SUMS = SLACK - NORMS - 2.0**-12  # the rest is for rounding to the grid: 1.5·√P·2⁻³² of up to 10¹¹ parameters
+_ROUNDED = 2.0**-12  # to the grid: 1.5·√P·unit, of up to 10¹¹ parameters where the unit is the finest
+SUMS = SLACK - NORMS - _ROUNDED
+_BOUNDS = 1e-6, 1e6
 _FINEST = 2.0**-32
 _WHOLE = 2.0**52  # numbers up to here have room for a sign and one more addition
 _HALF_ULP = 2.0**-24
@@ -65,19 +67,24 @@ class Grid:
     """How many a rank expects in a batch: public."""
 
     @classmethod
-    def of(cls, bound: float, expected_rows: float, noise_multiplier: float = 0.0, ranks: int = 1) -> Self:
+    def of(
+        cls, bound: float, expected_rows: float, noise_multiplier: float = 0.0, ranks: int = 1, parameters: int = 1
+    ) -> Self:
         """The finest grid for the sums of such batches, of so many rows on all ranks together.
 
         Raises:
-            InputError: the clipping norm is out of the range of float32.
+            InputError: the clipping norm is so small or so large that float32 loses squares of it, or batches are so
+                large, for so many parameters, that rounding to the grid would count.
         """
         if not 0.0 < bound < math.inf:
             raise ValueError("max_grad_norm is positive and finite")
+        if not _BOUNDS[0] <= bound <= _BOUNDS[1]:
+            raise InputError("the clipping norm is out of range", "choose max_grad_norm between 1e-6 and 1e6")
         rows = expected_rows + _TAIL * math.sqrt(expected_rows) + _TAIL**2
         finest = max(_FINEST, (rows + _TAIL * noise_multiplier * (1 + SLACK)) / _WHOLE)
         unit = math.ldexp(1.0, math.ceil(math.log2(finest * bound)))
-        if unit > finest * bound * 2 or not 2.0**-120 < unit < 2.0**90:
-            raise InputError("the clipping norm is out of range", "choose max_grad_norm between 1e-6 and 1e6")
+        if 1.5 * math.sqrt(parameters) * unit > _ROUNDED * bound:
+            raise InputError("batches are too large for so many parameters", "expect fewer rows in a step")
         return cls(unit, bound, expected_rows / ranks)
 
     def round(self, values: torch.Tensor) -> torch.Tensor:
@@ -104,7 +111,7 @@ class Block:
         rows = rows or (MOST_ROWS if positions == 1 else _MOST_SEVERAL)
         most = 0.99 if positions == 1 else _FLOOR_OF_ORTHOGONAL / math.sqrt(positions)
         summed = positions
-        while (floor := _floor(rows * summed, rows)) > most:
+        while (floor := _floor(positions, rows, summed)) > most and (rows > 1 or summed**2 > positions):
             if rows > 1:
                 rows //= 2
             else:
@@ -112,7 +119,8 @@ class Block:
         return cls(rows, summed, floor)
 
 
-def _floor(products: int, rows: int) -> float:
-    n = products + 1  # the weight is multiplied in first
-    gamma = n * _HALF_ULP / (1 - n * _HALF_ULP)
+def _floor(positions: int, rows: int, summed: int) -> float:
+    # The weight is multiplied in first; in the end, the sums of so many positions each are added up.
+    n = 1 + rows * summed + -(-positions // summed) - 1
+    gamma = n * _HALF_ULP / (1 - n * _HALF_ULP) if n * _HALF_ULP < 1 else math.inf
     return math.sqrt(2) * gamma * (2 * rows + 1) / SUMS

@@ -27,15 +27,15 @@ from cloister.privacy.blocks import Blocks, places_of
 from cloister.privacy.clipping import ClippedGradients, ClippingOptions
 from cloister.privacy.engines import clipping_engine
 from cloister.privacy.grid import SLACK, Grid
-from cloister.privacy.keystream import derive_key
+from cloister.privacy.keystream import Keystream, derive_key
 from cloister.privacy.noise import GaussianNoise
 from cloister.privacy.plan import PrivacyPlan
 from cloister.privacy.sampling import ShardedBatches
 
 
-def grid_of(plan: PrivacyPlan, ranks: int) -> Grid:
+def grid_of(plan: PrivacyPlan, ranks: int, parameters: int) -> Grid:
     """The same on each rank."""
-    return Grid.of(plan.max_grad_norm, plan.expected_batch_size, plan.noise_multiplier, ranks)
+    return Grid.of(plan.max_grad_norm, plan.expected_batch_size, plan.noise_multiplier, ranks, parameters)
 
 
 def noise_std(plan: PrivacyPlan) -> float:
@@ -58,7 +58,7 @@ class Mechanism:
             InputError: two shards of one name, other numbers of rows, a layer that cannot be trained privately, or a
                 device that computes a row otherwise when others are beside it.
         """
-        self._grid = grid_of(plan, world_size)
+        self._grid = grid_of(plan, world_size, sum(p.numel() for p in model.parameters() if p.requires_grad))
         self._rank_std = noise_std(plan) / math.sqrt(world_size)
 
         def key(purpose: str) -> bytes:
@@ -72,6 +72,7 @@ class Mechanism:
         self._noise = GaussianNoise(secret, run=run, attempt=attempt, rank=rank)
         self._x_ND, self._y_N = x_ND, y_N
         self._places_N = places_of(x_ND, y_N, key("places"))
+        self._seeds = Keystream(key("layers"))
         self._clipped = clipped_gradients or clipping_engine(engine, model, self._grid, options)
         self._ranges = self._clipped.ranges(x_ND, y_N)
 
@@ -83,7 +84,10 @@ class Mechanism:
         """The sum of their clipped gradients: [P], float64, whole units of the grid."""
         blocks = Blocks(self._places_N[rows_B], self._ranges)
         rows = torch.from_numpy(rows_B[blocks.order]).to(self._x_ND.device)
-        return self._clipped(self._x_ND[rows], self._y_N[rows], blocks)
+        with torch.random.fork_rng([rows.device] if rows.is_cuda else []):
+            # Dropout draws from a secret of the attempt, not from a seed that somebody may know.
+            torch.manual_seed(int(self._seeds.words(1)[0]))
+            return self._clipped(self._x_ND[rows], self._y_N[rows], blocks)
 
     def add_noise(self, step: int, sum_P: torch.Tensor) -> None:
         """This rank's part of the noise, in place, in whole units.

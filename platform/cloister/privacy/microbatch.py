@@ -2,23 +2,30 @@
 """The rows of a microbatch: filled up, aligned, and tried on this device.
 
 Libraries compute one row, or three, by other kernels than sixteen, and round by where in memory it begins. Where a last
-bit decides, such as at the kink of a ReLU, a row more in a batch would change the gradients of others. So rows are
-aligned (`align_rows`), and microbatches are filled up with rows of no weight (`filled`) to a number that was tried on
-this device (`fitting_step`): in each place and at each such number, a row is computed to the same bits. Where that
-cannot be had, nothing is trained.
+bit decides, such as at the kink of a ReLU, a row more in a batch would change the gradients of others. So each
+microbatch has memory of its own, filled up with rows of no weight (`filled`) to a number that was tried on this device
+(`fitting_step`): in each place and at each such number, a row is computed to the same bits. That helps to be so:
+`align_rows`. Where it cannot be had, nothing is trained.
+
+It is tried on random rows and with random weights (`tried`): which kernel computes a number does not depend on numbers,
+but weights of zero hide what comes back through them. Dropout is off meanwhile. Its masks are drawn for each row by
+itself, from a secret seed (`mechanism`): what a row more does to the masks of others, it does to none that is known.
 
 Shapes: N rows of a rank, B rows of a microbatch, D inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from cloister.errors import InputError
+from cloister.privacy.layers import trains
 
 # Microbatches have a multiple of one of these rows. Below four, libraries multiply by other kernels; and where rows are
 # no multiples of pairs of vectors, the last elements of a microbatch go through other functions.
@@ -38,12 +45,50 @@ def random_inputs(model: nn.Module, x_ND: torch.Tensor, rows: int) -> torch.Tens
 def public_rows(
     model: nn.Module, x_ND: torch.Tensor, y_N: torch.Tensor, rows: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random inputs, and labels of the shape and type of y_N, which is not read either."""
+    """Random inputs, and labels of the shape and type of y_N, which is not read either.
+
+    Inputs have both signs and many sizes: functions are computed otherwise beyond 1 or below 0. Where the model takes
+    no such numbers, because it looks places up by them, they are in [0, 1).
+    """
+    generator = torch.Generator().manual_seed(0)
     x = random_inputs(model, x_ND, rows)
     with torch.no_grad():
-        classes = model(x).shape[-1]
-    y = torch.randint(0, classes, (rows, *y_N.shape[1:]), generator=torch.Generator().manual_seed(0))
+        if x.is_floating_point():
+            sizes = 2.0 ** torch.randint(-4, 4, (rows, *[1] * (x.dim() - 1)), generator=generator)
+            signed = (torch.randn(x.shape, generator=generator) * sizes).to(x)
+            try:
+                classes, x = model(signed).shape[-1], signed
+            except (IndexError, RuntimeError):
+                classes = model(x).shape[-1]
+        else:
+            classes = model(x).shape[-1]
+    y = torch.randint(0, classes, (rows, *y_N.shape[1:]), generator=generator)
     return x, y.to(y_N.device, y_N.dtype)
+
+
+@contextlib.contextmanager
+def tried(model: nn.Module) -> Iterator[None]:
+    """Within the block, the model has random weights and no dropout; what it had is back afterwards.
+
+    Layers that train stay in training, since Opacus's hooks look at that.
+    """
+    generator = torch.Generator().manual_seed(0)
+    modes = [(layer, layer.training) for layer in model.modules()]
+    weights = [(weight, weight.detach().clone()) for weight in model.parameters() if weight.is_floating_point()]
+    try:
+        with torch.no_grad():
+            for weight, kept in weights:
+                inputs = kept.numel() / len(kept) if kept.dim() > 1 else 1.0
+                weight.copy_(torch.randn(kept.shape, generator=generator) / math.sqrt(inputs))
+        for layer, _ in modes:
+            layer.training = trains(layer)
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, kept in weights:
+                weight.copy_(kept)
+        for layer, training in modes:
+            layer.training = training
 
 
 def fitting_step(
@@ -64,17 +109,24 @@ def fitting_step(
         places = torch.arange(most, device=x.device)
         expected = [each.detach().clone() for each in computed(x, y)]
 
-        def alike(fill: int) -> bool:
-            some = places.roll(fill // 2 + 1)[:fill]  # noqa: B023 - used within the round
+        def alike(fill: int, shift: int) -> bool:
+            some = places.roll(shift)[:fill]  # noqa: B023 - used within the round
             found = zip(computed(x[some], y[some]), expected, strict=True)  # noqa: B023
-            return all(torch.equal(got.detach(), each[some]) for got, each in found)
+            return all(_same(got.detach(), each[some]) for got, each in found)
 
-        if all(alike(fill) for fill in ((most,) if fixed else range(step, most + 1, step))):
-            return most if fixed else step
+        if fixed and all(alike(most, shift) for shift in (1, 2, 3, most // 2)):
+            return most
+        if not fixed and all(alike(fill, fill // 2 + 1) for fill in range(step, most + 1, step)):
+            return step
     raise InputError(
         "this device computes a row otherwise when others are beside it, so that one row would show in all",
         "let hidden layers be 8, or 12 or more, wide; or train on another device",
     )
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """To the bit, but for numbers that are none."""
+    return torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def rounded_up(rows: int, step: int) -> int:
@@ -82,12 +134,13 @@ def rounded_up(rows: int, step: int) -> int:
 
 
 def filled(x: torch.Tensor, y: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x and y with copies of their first row, up to so many rows, and a mask [B] that is 0 for the copies."""
-    missing = rows - len(x)
+    """Copies of x and y, and of their first row up to so many rows, and a mask [B] that is 0 for those.
+
+    Always copies: where in memory a part of a batch begins, depends on how many rows are before it.
+    """
     mask_B = torch.ones(rows, device=x.device)
-    if missing:
-        mask_B[len(x) :] = 0.0
-        x, y = (torch.cat([t, t[:1].expand(missing, *t.shape[1:])]) for t in (x, y))
+    mask_B[len(x) :] = 0.0
+    x, y = (torch.cat([t, t[:1].expand(rows - len(t), *t.shape[1:])]) for t in (x, y))
     return x, y, mask_B
 
 
@@ -108,8 +161,8 @@ def align_rows(model: nn.Module) -> list[RemovableHandle]:
 
     def aligned(_layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         x = inputs[0]
-        if x.is_cuda or not x.shape[-1] % 4:
+        if x.is_cuda or not any(places % 4 for places in (x.shape[-1], *x.stride()[:-1])):
             return inputs
-        return (nn.functional.pad(x, (0, -x.shape[-1] % 4))[..., : x.shape[-1]], *inputs[1:])
+        return (nn.functional.pad(x.contiguous(), (0, -x.shape[-1] % 4))[..., : x.shape[-1]], *inputs[1:])
 
     return [layer.register_forward_pre_hook(aligned) for layer in model.modules() if isinstance(layer, nn.Linear)]

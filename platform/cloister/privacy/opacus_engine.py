@@ -1,42 +1,39 @@
 # ruff: noqa: N803, N806 - the letters after a tensor's name are its shape
-"""The second clipping engine, `engine: opacus`: Opacus's ghost clipping. The first is tested against it.
+"""The second clipping engine, `engine: opacus`: gradients of single rows by Opacus. The first is tested against it.
 
-Guarantees: the contract of `clipping`. Norms come from layer inputs and output gradients (arXiv 2009.03106), then a
-second backward pass of the weighted loss gives the sum: about 1.8 times the arithmetic of plain training. What Opacus
-leaves on parameters (norms of single rows, which are private) is taken off at `close`.
+Guarantees: the contract of `clipping`. Opacus makes the gradient of each row (`GradSampleModule`); norms and sums are
+made of those numbers, so that no rounding comes between them. That takes memory for each row as for the model, and
+several times as long as book-keeping. What Opacus leaves on parameters is private, and taken off after each microbatch.
 
-Only linear layers of at most 65,536 inputs and outputs, each called once, on one position of each row: Opacus's norms
-of several positions come from float32 Gram matrices whose rounding lets a row through with 300 times its bound where
-its positions cancel (measured with 1.6.0), and longer ones from float32 sums that are off by up to a percent.
+Not Opacus's ghost clipping: its norms of several positions come from float32 Gram matrices whose rounding lets a row
+through with 300 times its bound where positions cancel (measured with 1.6.0), and its sum comes from a second backward
+pass, which rounds otherwise than the first: a row whose gradients cancel on the way has had 3 times its bound.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
 
 import torch
 from torch import nn
 
 from cloister.errors import InputError
 from cloister.privacy.blocks import Blocks, ranges_for, spread
-from cloister.privacy.clipping import (
-    ROUNDING_MARGIN,
-    ClippingOptions,
-    check_layers,
-    require_whole_products,
-    row_losses,
-    trains,
-)
+from cloister.privacy.clipping import ROUNDING_MARGIN, ClippingOptions, check_layers, require_whole_products, row_losses
+from cloister.privacy.gradients import Rows
 from cloister.privacy.grid import MOST_ROWS, Grid
-from cloister.privacy.microbatch import align_rows, filled, fitting_step, public_rows, rounded_up, without
+from cloister.privacy.microbatch import align_rows, filled, fitting_step, public_rows, rounded_up, tried
 
-# Inputs or outputs of a layer. Opacus's norms, sums in float32, are off by 1e-4 for twice as many, by 1e-2 for 2**24.
-_WIDEST = 2**16
-_PARAMETER_LEFTOVERS = frozenset({"grad_sample", "_norm_sample", "_forward_counter", "_current_grad_sample"})
+# What the gradients of one microbatch may take.
+_GRADIENT_BYTES = 256e6
+_FEWEST_ROWS = 4
+# What torch says in every step where hooks see no gradient of the input: of the first layer there is none.
+_NO_INPUT_GRADIENT = "Full backward hook is firing"
+_SUPPORTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 
 
-class GhostClippedGradients:
-    """Opacus's ghost clipping for a classifier under cross-entropy. Memory is bounded by `options.microbatch_rows`."""
+class OpacusGradients:
+    """Opacus around a classifier under cross-entropy. Memory is bounded by `options.microbatch_rows`."""
 
     def __init__(self, model: nn.Module, grid: Grid, options: ClippingOptions | None = None) -> None:
         """Put Opacus's hooks on the model, until `close`.
@@ -49,103 +46,84 @@ class GhostClippedGradients:
             raise InputError("Opacus's engine clips flat, in float32, and is not compiled", "use engine: bookkeeping")
         require_whole_products()
         check_layers(model, supported=_is_supported)
-        names = [name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
-        unique = [name for name, p in model.named_parameters() if p.requires_grad]
-        if len(names) != len(unique):
-            shared = next(name for name in names if name not in unique)
-            raise InputError(f"parameter '{shared}' is shared between layers", "use engine: bookkeeping")
-        # Imported here: accounting and planning must not pay for it.
-        from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import GradSampleModuleFastGradientClipping
+        from opacus import GradSampleModule  # only here: accounting and planning must not pay for it
 
-        self._ghost = GradSampleModuleFastGradientClipping(
-            model, loss_reduction="sum", max_grad_norm=grid.bound * (1.0 - ROUNDING_MARGIN)
-        )
-        self._model = model
+        self._by_row = GradSampleModule(model, loss_reduction="sum")
+        self._model, self._grid = model, grid
+        self._bound = grid.bound * (1.0 - ROUNDING_MARGIN)
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._grid, self._rows = grid, min(options.microbatch_rows or MOST_ROWS, MOST_ROWS)
+        self._sizes = [parameter.numel() for parameter in self._parameters]
+        fitting = max(_FEWEST_ROWS, int(_GRADIENT_BYTES / (4 * sum(self._sizes))))
+        self._rows = min(options.microbatch_rows or fitting, MOST_ROWS)
         self._step = 0
-        self._called: set[str] = set()
-        self._watches = align_rows(model) + [
-            layer.register_forward_pre_hook(self._watch(name)) for name, layer in model.named_modules() if trains(layer)
-        ]
+        self._hooks = align_rows(model)
 
     def ranges(self, x_ND: torch.Tensor, y_N: torch.Tensor) -> int:
         if not self._step:
-            self._step = fitting_step(self._norm_pass, lambda rows: self._public(x_ND, y_N, rows), self._rows)
-            self._clear()
+            with tried(self._model):
+                self._step = fitting_step(self._gradients, lambda rows: self._public(x_ND, y_N, rows), self._rows)
         return ranges_for(self._grid.rows_a_rank, self._rows)
 
     def __call__(self, x_BD: torch.Tensor, y_B: torch.Tensor, blocks: Blocks | None = None) -> torch.Tensor:
-        total_P = torch.zeros(sum(p.numel() for p in self._parameters), dtype=torch.float64, device=x_BD.device)
+        total_P = torch.zeros(sum(self._sizes), dtype=torch.float64, device=x_BD.device)
         if not len(x_BD):
             return total_P
         blocks = blocks or Blocks(spread(len(x_BD)), self.ranges(x_BD, y_B))
         for start, stop in blocks.of_at_most(self._rows):
             whole = rounded_up(stop - start, self._step)
-            self._grid.add(total_P, self._microbatch(*filled(x_BD[start:stop], y_B[start:stop], whole)))
+            self._add(total_P, *filled(x_BD[start:stop], y_B[start:stop], whole))
         return total_P
 
     def close(self) -> None:
-        """Take the engine off the model: its hooks, and the per-row norms that Opacus leaves on each parameter."""
-        self._clear()
-        for watch in self._watches:
-            watch.remove()
-        self._ghost.cleanup()
+        """Take the engine off the model: its hooks, and what Opacus leaves on layers and parameters."""
+        for hook in self._hooks:
+            hook.remove()
+        self._by_row.cleanup()
         for parameter in self._parameters:
-            for name in _PARAMETER_LEFTOVERS & vars(parameter).keys():
-                delattr(parameter, name)
+            parameter.grad = None
         for layer in self._model.modules():
             vars(layer).pop("activations", None)
 
+    def _add(self, total_P: torch.Tensor, x: torch.Tensor, y: torch.Tensor, mask_B: torch.Tensor) -> None:
+        losses_B, *gradients = self._gradients(x, y)
+        norms_B = torch.stack([Rows(rows).squares().value for rows in gradients]).sum(0).sqrt()
+        finite_B = torch.isfinite(losses_B) & torch.isfinite(norms_B)
+        weights_B = mask_B * finite_B * (self._bound / norms_B.clamp_min(self._bound))
+        if not bool(finite_B.all()):  # zero times infinity is no zero
+            weights_B = torch.where(finite_B, weights_B, 0.0)
+            gradients = [torch.where(finite_B[:, None], rows, 0.0) for rows in gradients]
+        for part, rows in zip(torch.split(total_P, self._sizes), gradients, strict=True):
+            self._grid.add(part, Rows(rows).weighted_sum(weights_B))
+
+    def _gradients(self, x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+        """The losses [B], and of each parameter the rows' gradients, [B, its elements]."""
+        self._clear()
+        losses_B = row_losses(self._by_row(x), y)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", _NO_INPUT_GRADIENT)
+            torch.autograd.backward(losses_B.sum())
+        found = [_by_row(parameter, len(x)) for parameter in self._parameters]
+        self._clear()
+        return [losses_B.detach(), *found]
+
     def _public(self, x_ND: torch.Tensor, y_N: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        self._called.clear()
-        return public_rows(self._model, x_ND, y_N, rows)
-
-    def _microbatch(self, x_BD: torch.Tensor, y_B: torch.Tensor, mask_B: torch.Tensor) -> torch.Tensor:
-        weights_B, losses_B = self._norm_pass(x_BD, y_B)
-        bad_B = ~(torch.isfinite(weights_B) & torch.isfinite(losses_B.detach()))
-        if bool(bad_B.any()):
-            # A zero weight would still multiply an infinity into a NaN: another row takes its place, and has no weight.
-            if bool(bad_B.all()):
-                self._clear()
-                return torch.zeros(sum(p.numel() for p in self._parameters), device=x_BD.device)
-            return self._microbatch(*without(bad_B, x_BD, y_B, mask_B))
-        self._clear()
-        self._ghost.disable_hooks()
-        torch.autograd.backward((weights_B * mask_B * losses_B).sum())
-        flat_P = torch.cat([_gradient(p).reshape(-1) for p in self._parameters])
-        self._clear()
-        return flat_P
-
-    def _norm_pass(self, x_BD: torch.Tensor, y_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        self._clear()
-        self._called.clear()
-        self._ghost.enable_hooks()
-        # Without this, torch warns in every step that Opacus's hooks see no gradient of the input (it still does so
-        # for an embedding, whose input has none; nothing is wrong then).
-        inputs = x_BD.detach().requires_grad_(x_BD.is_floating_point())
-        losses_B = row_losses(self._ghost(inputs), y_B)
-        torch.autograd.backward(losses_B.sum(), retain_graph=True)
-        norms_B = self._ghost.get_norm_sample()
-        weights_B = torch.where(torch.isfinite(norms_B), self._ghost.get_clipping_coef(), torch.nan)
-        return weights_B, losses_B
-
-    def _watch(self, name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        def watch(_layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            if name in self._called or inputs[0].dim() != 2:
-                raise InputError(f"layer '{name}' is called on several positions of a row", "use engine: bookkeeping")
-            self._called.add(name)
-
-        return watch
+        try:
+            return public_rows(self._model, x_ND, y_N, rows)
+        finally:
+            self._clear()
 
     def _clear(self) -> None:
-        for parameter in self._parameters:
-            parameter.grad = None
+        self._by_row.zero_grad(set_to_none=True)
 
 
 def _is_supported(layer: nn.Module) -> bool:
-    return type(layer) is nn.Linear and max(layer.in_features, layer.out_features) <= _WIDEST
+    return type(layer) in _SUPPORTED and getattr(layer, "padding_idx", None) is None  # it counts the padding's gradient
 
 
-def _gradient(parameter: torch.Tensor) -> torch.Tensor:
-    return parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+def _by_row(parameter: torch.Tensor, rows: int) -> torch.Tensor:
+    found: torch.Tensor | None = getattr(parameter, "grad_sample", None)
+    if found is None:
+        return torch.zeros(rows, parameter.numel(), device=parameter.device)
+    if len(found) != rows:
+        raise InputError("a layer is called on other rows than the batch's", "keep the batch the first dimension")
+    return found.reshape(rows, -1).contiguous()
