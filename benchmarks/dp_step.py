@@ -16,6 +16,7 @@ On CUDA all sides are compiled and run in bfloat16 under autocast. Opacus and Ra
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib.util
 import json
@@ -35,7 +36,7 @@ from _models import CPU, CUDA, Workload
 from _report import Row, options, report, row
 from torch import nn
 
-from cloister.privacy import gradients
+from cloister.privacy import products
 from cloister.privacy.blocks import Blocks
 from cloister.privacy.clipping import BookkeepingGradients, ClippingOptions, row_losses
 from cloister.privacy.grid import Grid
@@ -47,6 +48,7 @@ from cloister.training.loop import set_gradients
 
 ROUNDS, ROUNDS_QUICK = 9, 1
 OPACUS_MODES = ("ghost", "hooks", "ew")
+WARM_S = 3.0
 HOPELESS = 6.0  # times as slow as plain: a mode of Opacus that is, is not waited for again
 LEARNING_RATE = 0.01
 GOALS = {
@@ -188,11 +190,13 @@ def measure(work: Workload, device: str, rounds: int) -> list[Row]:
     """One workload's rows."""
     steps = sides(work, device)
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(rounds + 1):  # the first warms caches and compiles
+    for step in steps.values():  # compiles, and lets libraries prepare for the sizes of blocks: training is long
+        until = time.perf_counter() + WARM_S
+        while time.perf_counter() < until:
+            _seconds(step, device)
+    for _ in range(rounds):
         for name, step in steps.items():
-            taken = _seconds(step, device)
-            if turn:
-                times[name].append(taken)
+            times[name].append(_seconds(step, device))
     best = min((name for name in times if name.startswith("opacus")), key=lambda n: min(times[n]), default=None)
     results = [row(f"{work.name}: {name}", statistics.median(times[name]) * 1000, "ms a step") for name in times]
     for against, peer in (("plain", "plain"), ("opacus", best)):
@@ -226,8 +230,9 @@ def peak(work: Workload, device: str, side: str) -> int:
         step()
         return torch.cuda.max_memory_allocated() - before
     warm = torch.rand(512, 512)  # neither side is charged for the code of the libraries that it loads
-    gradients._exact_product(warm, warm)
+    products.product(warm, warm)
     torch.mm(warm, warm)
+    ctypes.CDLL(None).malloc_trim(0)  # what was needed to try the device, before the first step, is not counted either
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Callable
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from architectures import FAMILIES, Case, oracle, random_case
 from cloister.errors import InputError
-from cloister.privacy import clipping, gradients
+from cloister.privacy import clipping, products
 from cloister.privacy.clipping import BookkeepingGradients, ClippedGradients, ClippingOptions
 from cloister.privacy.engines import clipping_engine
 from cloister.privacy.grid import SLACK, Block, Grid
@@ -61,7 +62,7 @@ def test_the_sum_is_that_of_autograd_row_by_row(engine: str, name: str, bound: f
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_library_for_large_products_gives_the_same_sum(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    faster, calls = gradients._ONEDNN, 0
+    faster, calls = products._ONEDNN, 0
     assert faster is not None, "the locked PyTorch has it"
 
     def counted(*arguments: object) -> torch.Tensor:
@@ -69,12 +70,17 @@ def test_the_library_for_large_products_gives_the_same_sum(name: str, monkeypatc
         calls += 1
         return faster(*arguments)
 
-    monkeypatch.setattr(gradients, "_ONEDNN", counted)
-    monkeypatch.setattr(gradients, "_WORTH_ONEDNN", 0)
-    case = built(name)
-    got = BookkeepingGradients(case.model, fine(1.0), ClippingOptions(microbatch_rows=5))(case.x, case.y)
-    assert error(got, oracle(case, 1.0)[0]) <= 1e-5
-    assert calls or name != "mlp"
+    monkeypatch.setattr(products, "_ONEDNN", counted)
+    for products_worth, layers_worth in ((0, math.inf), (math.inf, 0)):
+        monkeypatch.setattr(products, "_WORTH", products_worth)
+        monkeypatch.setattr(products, "_WORTH_A_ROW", layers_worth)
+        calls = 0
+        case = built(name)
+        engine = BookkeepingGradients(case.model, fine(1.0), ClippingOptions(microbatch_rows=5))
+        assert error(engine(case.x, case.y), oracle(case, 1.0)[0]) <= 1e-5
+        assert calls or name != "mlp"
+        engine.close()
+        assert not any("forward" in vars(layer) for layer in case.model.modules())
 
 
 def test_the_oracle_covers_every_supported_layer() -> None:

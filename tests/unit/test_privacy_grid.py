@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -13,9 +14,11 @@ from torch import nn
 from architectures import FAMILIES
 from cloister.errors import InputError
 from cloister.privacy import grid as grid_module
+from cloister.privacy import products
 from cloister.privacy.blocks import Blocks, Places, places_of, ranges_for, spread
 from cloister.privacy.clipping import BookkeepingGradients, ClippingOptions
 from cloister.privacy.engines import clipping_engine
+from cloister.privacy.gradients import Products, Rows
 from cloister.privacy.grid import MOST_ROWS, SLACK, Block, Grid
 
 torch.set_num_threads(1)
@@ -50,12 +53,16 @@ def test_a_row_more_changes_one_block_or_splits_it(rows: int, alike: int) -> Non
 
 def test_small_blocks_lie_within_large_ones() -> None:
     blocks = Blocks(random_places(900), 3)
-    for start, stop in blocks.of_at_most(128):
-        parts = [slice(start + part.start, start + part.stop) for part in blocks.within(start, stop)(8)]
-        assert [(part.start, part.stop) for part in parts] == [
-            block for block in blocks.of_at_most(8) if start <= block[0] < stop
-        ]
-        assert blocks.within(start, stop)(128) == [slice(None)]
+    for rows in (128, 300, 10_000):
+        microbatches = blocks.microbatches(rows, 128)
+        assert [block for each in microbatches for block in each] == blocks.of_at_most(128)
+        for each in microbatches:
+            start, stop = each[0][0], each[-1][1]
+            assert stop - start <= rows
+            for size in (8, 128):
+                parts = [(start + part.start, start + part.stop) for part in blocks.within(each)(size)]
+                assert parts == [block for block in blocks.of_at_most(size) if start <= block[0] < stop]
+    assert len(blocks.microbatches(10_000, 128)) == 1
 
 
 def test_equal_rows_fill_blocks_one_after_the_other() -> None:
@@ -138,10 +145,12 @@ def test_sums_are_whole_units_and_the_same_in_whatever_order_rows_come(engine: s
     assert 0.1 <= float((whole - one).norm()) / 0.3 <= 1 + SLACK
 
 
-def adversarial(engine: str, rows: int, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable[[int], float]:
+def adversarial(
+    engine: str, rows: int, model: nn.Module, x: torch.Tensor, y: torch.Tensor, options: ClippingOptions | None = None
+) -> Callable[[int], float]:
     """Returns: by how much the sum over all rows but one differs, in units of the bound, beyond that row's own part."""
     grid = Grid.of(1.0, rows)
-    clipped = clipping_engine(engine, model, grid)
+    clipped = clipping_engine(engine, model, grid, options)
     places, ranges = places_of(x, y, KEY), clipped.ranges(x, y)
 
     def summed(chosen: np.ndarray) -> torch.Tensor:
@@ -161,18 +170,36 @@ def adversarial(engine: str, rows: int, model: nn.Module, x: torch.Tensor, y: to
     return beyond
 
 
-@pytest.mark.parametrize("engine", ["bookkeeping", "opacus"])
-def test_one_row_of_a_hundred_thousand_moves_the_sum_by_its_own_part(engine: str) -> None:
+@pytest.mark.parametrize(
+    ("engine", "rows", "options"),
+    [
+        ("bookkeeping", 102_400, None), ("opacus", 102_400, None),
+        ("bookkeeping", 10_240, ClippingOptions(compiled=True)),
+    ],
+)  # fmt: skip
+def test_one_row_of_many_thousands_moves_the_sum_by_its_own_part(
+    engine: str, rows: int, options: ClippingOptions | None
+) -> None:
     """All point the same way, each with another last bit, so that sums round as much as they can."""
-    rows = 102_400
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 2))
     x = (1 + torch.rand(rows, 24) * 1e-3) * torch.rand(1, 24) * 20
     with torch.no_grad():
         y = model(x).argmin(1)  # all wrong
-    beyond = adversarial(engine, rows, model, x, y)
-    worst = max(beyond(row) for row in (0, 1, 777, 51_200, 102_398, 102_399))
+    beyond = adversarial(engine, rows, model, x, y, options)
+    worst = max(beyond(row) for row in (0, 1, 777, rows // 2, rows - 2, rows - 1))
     assert worst <= 2e-4, "where blocks by order would have changed all the blocks behind the row"
+
+
+def test_a_compiled_microbatch_is_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its sum is put on the grid as a whole."""
+    x, y, seen = torch.randn(300, 4), torch.randint(0, 2, (300,)), []
+    options = ClippingOptions(compiled=True, tried=False, microbatch_rows=32)
+    clipped = BookkeepingGradients(nn.Linear(4, 2), Grid.of(1.0, 300), options)
+    monkeypatch.setattr(clipped, "_add_compiled", lambda *given: seen.append(int(given[3].sum())))
+    blocks = Blocks(random_places(300), clipped.ranges(x, y))
+    clipped(x, y, blocks)
+    assert seen == [stop - start for start, stop in blocks.of_at_most(32)]
 
 
 def test_one_row_of_many_with_positions_moves_the_sum_by_its_own_part() -> None:
@@ -200,6 +227,29 @@ def test_blocks_of_several_positions_are_small_and_summed_apart(monkeypatch: pyt
     assert Block.of(16).rows == 16
     assert sorted(summed)[-3:] != sorted(summed)[:3], "the last layer's blocks are whole microbatches"
     assert min(summed) <= 16 < max(summed)
+
+
+@pytest.mark.parametrize("worth", [0.0, math.inf])
+def test_a_block_has_one_sum_wherever_it_is_in_a_microbatch(worth: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By either library, and whatever the rows around it are."""
+    monkeypatch.setattr(products, "_WORTH", worth)
+    generator = torch.Generator().manual_seed(0)
+    for positions, inputs, outputs in itertools.product((1, 5, 16), (1, 3, 8, 64), (1, 2, 10, 64)):
+        for rows in (1, 8, 43, 187):
+            own = [torch.randn(rows, positions, each, generator=generator) for each in (inputs, outputs)]
+            weights = torch.rand(rows, generator=generator)
+            sums = []
+            for first in (0, 1, 3, 13, 213):
+                a, g = (torch.randn(400, positions, each, generator=generator) for each in (inputs, outputs))
+                all_weights = torch.rand(400, generator=generator)
+                here = slice(first, first + rows)
+                a[here], g[here], all_weights[here] = *own, weights
+                products_ = Products(a, g, torch.Size([outputs, inputs]))
+                sums.append(torch.cat([
+                    products_.weighted_sum(all_weights, here).flatten(),
+                    Rows(g.flatten(1)).weighted_sum(all_weights, here),
+                ]))  # fmt: skip
+            assert all(torch.equal(each, sums[0]) for each in sums)
 
 
 class Lopsided(nn.Module):

@@ -29,6 +29,8 @@ from cloister.privacy.keystream import Keystream
 _PLACE_BITS = 64  # of a place, within its range: so often can a range be halved
 _ROWS_AT_ONCE = 2**14
 Places = npt.NDArray[np.uint64]
+Block = tuple[int, int]
+"""First row and stop, in `Blocks.order`."""
 
 
 def places_of(x_ND: torch.Tensor, y_N: torch.Tensor, key: bytes) -> Places:
@@ -76,27 +78,37 @@ class Blocks:
         self._range_B = ((places >> half) * many + carried) >> half
         self._within_B = places * many
 
-    def of_at_most(self, rows: int) -> list[tuple[int, int]]:
-        """The blocks of at most so many rows, as first and stop in `order`; none is empty."""
+    def of_at_most(self, rows: int) -> list[Block]:
+        """The blocks of at most so many rows; none is empty."""
         starts = np.flatnonzero(np.diff(self._range_B, prepend=self._range_B[:1] - np.uint64(1))).tolist()
-        found: list[tuple[int, int]] = []
+        found: list[Block] = []
         for start, stop in zip(starts, [*starts[1:], len(self.order)], strict=bool(starts)):
             self._halve(start, stop, 0, _PLACE_BITS, rows, found)
         return found
 
-    def within(self, start: int, stop: int) -> Callable[[int], list[slice]]:
-        """The parts of one block, start … stop - 1, relative to its start; if it is whole, also what fills it up."""
+    def microbatches(self, rows: int, block_rows: int) -> list[list[Block]]:
+        """Blocks of at most `block_rows`, as many together as come to no more than `rows`; one at least."""
+        found: list[list[Block]] = []
+        for block in self.of_at_most(block_rows):
+            if found and block[1] - found[-1][0][0] <= rows:
+                found[-1].append(block)
+            else:
+                found.append([block])
+        return found
+
+    def within(self, microbatch: list[Block]) -> Callable[[int], list[slice]]:
+        """The blocks of at most so many rows, each a part of one of a microbatch's, relative to its start."""
 
         def parts(rows: int) -> list[slice]:
-            if stop - start <= rows:
-                return [slice(None)]
-            found: list[tuple[int, int]] = []
-            self._halve(start, stop, 0, _PLACE_BITS, rows, found)
-            return [slice(first - start, last - start) for first, last in found]
+            found: list[Block] = []
+            for start, stop in microbatch:
+                self._halve(start, stop, 0, _PLACE_BITS, rows, found)
+            first = microbatch[0][0]
+            return [slice(start - first, stop - first) for start, stop in found]
 
         return parts
 
-    def _halve(self, start: int, stop: int, low: int, bits: int, rows: int, found: list[tuple[int, int]]) -> None:
+    def _halve(self, start: int, stop: int, low: int, bits: int, rows: int, found: list[Block]) -> None:
         """Split start … stop - 1, whose places are low … low + 2^bits - 1."""
         if start == stop:
             return

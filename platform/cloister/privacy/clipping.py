@@ -53,6 +53,7 @@ from cloister.privacy.microbatch import (
     tried,
     without,
 )
+from cloister.privacy.products import faster_layers
 
 _MIXING_LAYERS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 # Relative slack below C for float32 rounding of a row's norm and weight.
@@ -62,7 +63,7 @@ ROUNDING_MARGIN = 1e-6
 # microbatch also adds to the whole sum: it should have more to work on than that, by this factor.
 _TAPE_BYTES = {"cpu": 20e6, "cuda": 2e9}
 _TAPE_PER_SUM = 16
-_FEWEST_ROWS = 16  # of a microbatch, and with how many its size is found
+_FEWEST_ROWS, _MOST_ROWS = 16, 512  # of a microbatch; with the fewest, its size is found
 # How often rows that are not finite are replaced in a compiled graph. Once, if the model keeps rows apart and has no
 # dropout.
 _REPLACEMENTS = 3
@@ -172,10 +173,12 @@ class BookkeepingGradients:
         groups = self._parameters.layers if self._options.per_layer else 1
         self._bound = grid.bound * (1.0 - ROUNDING_MARGIN) / groups**0.5
         self._tape: list[Use] = []
-        self._rows = self._step = self._several = 0  # of a microbatch, its steps, and blocks of several positions
+        self._rows = self._step = 0  # of a microbatch, and of what it has a multiple
+        self._block_rows = self._several = 0  # of a block, and of one of several positions
         self._waiting: list[torch.Tensor] = []
         self._probes: list[torch.Tensor] | None = None
         self._calls: list[Use] = []
+        self._faster = [] if self._options.compiled or self._options.autocast else faster_layers(model)
         self._hooks = align_rows(model) + [
             layer.register_forward_hook(self._note(name)) for name, layer in model.named_modules() if trains(layer)
         ]
@@ -185,8 +188,15 @@ class BookkeepingGradients:
     def ranges(self, x_ND: torch.Tensor, y_N: torch.Tensor) -> int:
         if not self._rows:
             with tried(self._model):
-                self._prepare(x_ND, y_N)
-        return ranges_for(self._grid.rows_a_rank, self._rows)
+                try:
+                    self._prepare(x_ND, y_N)
+                except InputError:
+                    if not self._faster:
+                        raise
+                    while self._faster:  # others may compute rows alike
+                        self._faster.pop().remove()
+                    self._prepare(x_ND, y_N)
+        return ranges_for(self._grid.rows_a_rank, self._block_rows)
 
     def __call__(self, x_BD: torch.Tensor, y_B: torch.Tensor, blocks: Blocks | None = None) -> torch.Tensor:
         total_P = torch.zeros(sum(self._parameters.sizes), dtype=torch.float64, device=x_BD.device)
@@ -198,13 +208,16 @@ class BookkeepingGradients:
             part.view(shape)
             for part, shape in zip(torch.split(total_P, self._parameters.sizes), self._parameters.shapes, strict=True)
         ]
-        for start, stop in blocks.of_at_most(self._rows):
+        # A compiled microbatch is summed as a whole: it is one block.
+        together = 0 if self._options.compiled else self._rows
+        for microbatch in blocks.microbatches(together, self._block_rows):
+            start, stop = microbatch[0][0], microbatch[-1][1]
             x, y, mask_B = filled(x_BD[start:stop], y_B[start:stop], rounded_up(stop - start, self._step))
-            add(parts, x, y, mask_B, blocks.within(start, stop))
+            add(parts, x, y, mask_B, blocks.within(microbatch))
         return total_P
 
     def close(self) -> None:
-        for hook in self._hooks:
+        for hook in (*self._faster, *self._hooks):
             hook.remove()
         self._tape.clear()
 
@@ -222,8 +235,10 @@ class BookkeepingGradients:
             _TAPE_BYTES.get(x.device.type, _TAPE_BYTES["cpu"]), _TAPE_PER_SUM * 4 * sum(self._parameters.sizes)
         )
         fitting = 1 << max(0, int(tape_bytes / row_bytes).bit_length() - 1)
-        most = self._several if self._options.compiled else MOST_ROWS
+        most = self._several if self._options.compiled else _MOST_ROWS
         self._rows = min(self._options.microbatch_rows or max(_FEWEST_ROWS, fitting), most)
+        # Two blocks a microbatch at least, or many rows would be missing from it.
+        self._block_rows = self._rows if self._options.compiled else min(max(1, self._rows // 2), MOST_ROWS)
         if not self._options.tried:
             self._step = 1
             return

@@ -33,6 +33,7 @@ import torch
 from torch.nn import functional
 
 from cloister.privacy.grid import MOST_ROWS, Block, Grid
+from cloister.privacy.products import product
 
 ALL = slice(None)
 Blocks = Callable[[int], list[slice]]
@@ -43,16 +44,13 @@ CANCELLED = 0.05
 _HALVES_FLOOR = 0.077
 # Elements of one product of vectors at once: beyond, sums in float32 lose more than `CANCELLED` allows for.
 _PRODUCT_PIECE = 4096
+# Single positions are filled up to a multiple: libraries prepare for each size, which takes memory.
+_ROWS_OF_A_PRODUCT = 32
 # Positions from which two products of half the size take less than one.
 _WORTH_HALVING = 32
 # Elements that are summed up at once: float32 sums of a million are off by a percent.
 _PIECE = 1024
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
-# PyTorch multiplies float32 matrices with MKL, which is half as fast as oneDNN on processors that are not Intel's
-# (benchmarks/results). No public function leads to oneDNN; this is the one that compiled models call for linear layers.
-_ONEDNN: Callable[..., torch.Tensor] | None = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-# Below, it does not pay for what oneDNN prepares for each new shape: the last microbatch of a batch often has one.
-_WORTH_ONEDNN = 1e8
 
 
 class Squares(NamedTuple):
@@ -176,7 +174,10 @@ class Products(_InBlocks):
     def weighted_sum(self, weights_B: torch.Tensor, rows: slice = ALL) -> torch.Tensor:
         if self._kept is not None:
             return self._kept.weighted_sum(weights_B, rows)
-        a, g, weights = self.a_BTD[rows], self.g_BTP[rows], weights_B[rows, None, None]
+        weights = weights_B[rows, None, None]
+        missing = 0 if rows == ALL or self.a_BTD.shape[1] > 1 else -len(weights) % _ROWS_OF_A_PRODUCT
+        a, g = (_filled_up(each, rows, missing) for each in (self.a_BTD, self.g_BTP))
+        weights = functional.pad(weights, (0, 0, 0, 0, 0, missing))
         # The smaller one in float32, times its row's weight; then g as [P, N] and a as [N, D], with N = B·T.
         a, g = (a.float() * weights, g) if a.shape[2] < g.shape[2] else (a, g.float() * weights)
         step = self._block.positions
@@ -363,6 +364,15 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return _at_least_single(a) @ _at_least_single(b)
 
 
+def _filled_up(t: torch.Tensor, rows: slice, missing: int) -> torch.Tensor:
+    """These rows, and so many more that have no weight: the next ones, or zeros."""
+    if not missing:
+        return t[rows]
+    if rows.stop + missing <= len(t):
+        return t[rows.start : rows.stop + missing]
+    return functional.pad(t[rows], (0, 0, 0, 0, 0, missing))
+
+
 def _in_halves(a: torch.Tensor) -> bool:
     return a.is_cuda and a.dtype in _LOW_PRECISION
 
@@ -376,12 +386,7 @@ def _exact_product(g_PN: torch.Tensor, a_ND: torch.Tensor) -> torch.Tensor:
     if _in_halves(g_PN) or _in_halves(a_ND):
         (g_high, g_low), (a_high, a_low) = _halves(g_PN, a_ND.dtype), _halves(a_ND, g_PN.dtype)
         return torch.mm(g_high, a_high, out_dtype=torch.float32) + torch.mm(g_low, a_low, out_dtype=torch.float32)
-    g_PN, a_ND = _at_least_single(g_PN), _at_least_single(a_ND)
-    if _ONEDNN is None or g_PN.is_cuda or g_PN.numel() * a_ND.shape[1] < _WORTH_ONEDNN or g_PN.dtype != torch.float32:
-        return g_PN @ a_ND
-    if len(g_PN) <= a_ND.shape[1]:
-        return _ONEDNN(g_PN, a_ND.mT, None, "none", [], "")
-    return _ONEDNN(a_ND.mT, g_PN, None, "none", [], "").mT  # it wants the narrower one first
+    return product(_at_least_single(g_PN), _at_least_single(a_ND))
 
 
 def _halves(t: torch.Tensor, low_precision: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

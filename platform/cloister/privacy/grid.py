@@ -48,7 +48,7 @@ _FINEST = 2.0**-32
 _WHOLE = 2.0**52  # numbers up to here have room for a sign and one more addition
 _HALF_ULP = 2.0**-24
 MOST_ROWS = 256
-"""Of a block of single positions; a microbatch has no more."""
+"""Of a block of single positions."""
 _MOST_SEVERAL = 128
 # A norm counts for at least this much, relative to that of as many positions of equal length that are orthogonal.
 _FLOOR_OF_ORTHOGONAL = 0.6

@@ -30,6 +30,7 @@ from cloister.privacy.layers import trains
 # Microbatches have a multiple of one of these rows. Below four, libraries multiply by other kernels; and where rows are
 # no multiples of pairs of vectors, the last elements of a microbatch go through other functions.
 _STEPS = (4, 8, 16, 32)
+_MOST_MULTIPLES = 32  # or to try them takes long
 
 
 def random_inputs(model: nn.Module, x_ND: torch.Tensor, rows: int) -> torch.Tensor:
@@ -103,7 +104,7 @@ def fitting_step(
     Raises:
         InputError: it has not.
     """
-    for step in _STEPS if rows <= 64 else _STEPS[1:] if rows <= 128 else _STEPS[2:]:  # no more than 16 multiples
+    for step in (step for step in _STEPS if rows <= _MOST_MULTIPLES * step):
         most = rounded_up(rows, step)
         x, y = public(most)
         places = torch.arange(most, device=x.device)

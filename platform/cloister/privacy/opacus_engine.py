@@ -2,8 +2,9 @@
 """The second clipping engine, `engine: opacus`: gradients of single rows by Opacus. The first is tested against it.
 
 Guarantees: the contract of `clipping`. Opacus makes the gradient of each row (`GradSampleModule`); norms and sums are
-made of those numbers, so that no rounding comes between them. That takes memory for each row as for the model, and
-several times as long as book-keeping. What Opacus leaves on parameters is private, and taken off after each microbatch.
+made of those numbers, so that no rounding comes between them. That takes memory for each row as for the model, and for
+wide layers a hundred times as long as book-keeping. What Opacus leaves on parameters is private, and taken off after
+each microbatch.
 
 Not Opacus's ghost clipping: its norms of several positions come from float32 Gram matrices whose rounding lets a row
 through with 300 times its bound where positions cancel (measured with 1.6.0), and its sum comes from a second backward
@@ -25,7 +26,7 @@ from cloister.privacy.grid import MOST_ROWS, Grid
 from cloister.privacy.microbatch import align_rows, filled, fitting_step, public_rows, rounded_up, tried
 
 # What the gradients of one microbatch may take.
-_GRADIENT_BYTES = 256e6
+_GRADIENT_BYTES = 64e6
 _FEWEST_ROWS = 4
 # What torch says in every step where hooks see no gradient of the input: of the first layer there is none.
 _NO_INPUT_GRADIENT = "Full backward hook is firing"
