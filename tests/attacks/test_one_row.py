@@ -3,13 +3,16 @@ beside others pass: each was made for one place in the engines."""
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+import pickle
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from cloister.errors import InputError, IntegrityError
 from cloister.privacy.blocks import Blocks, Places, places_of
@@ -17,6 +20,8 @@ from cloister.privacy.clipping import BookkeepingGradients, ClippedGradients, Cl
 from cloister.privacy.engines import clipping_engine
 from cloister.privacy.gradients import CANCELLED, Products
 from cloister.privacy.grid import NORMS, SLACK, Grid
+from cloister.privacy.mechanism import Mechanism
+from cloister.privacy.plan import PrivacyPlan
 
 torch.set_num_threads(1)
 ENGINES = ("bookkeeping", "opacus")
@@ -165,6 +170,112 @@ def test_a_device_is_tried_with_all_that_weights_and_rows_may_be(
             clipped.ranges(x, y)
         clipped.close()
     assert all(torch.equal(before[name], weight) for name, weight in built.state_dict().items())
+
+
+class Centred(nn.Module):
+    """Rows are apart but in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x - x.mean(0) if self.training else x)  # type: ignore[no-any-return]
+
+
+class Rooted(Backwards):
+    """A weight that does not train has to be positive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(16), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(Mixes.apply(self.first(x)) * self.scale.sqrt())  # type: ignore[no-any-return]
+
+
+class Infinite(nn.Module):
+    """Of nothing but numbers that are none, nothing is seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x) * math.inf  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_model_is_tried_as_it_trains(engine: str) -> None:
+    x, y = torch.rand(40, 8), torch.randint(0, 3, (40,))
+    for model, told in ((Centred, "otherwise"), (Rooted, "otherwise"), (Infinite, "are not finite")):
+        clipped = clipping_engine(engine, model(), Grid.of(1.0, 64))
+        with pytest.raises(InputError, match=told):
+            clipped.ranges(x, y)
+
+
+class Watchful(nn.Module):
+    """Keeps count, keeps what follows from a weight that does not train, and refuses what it does not like."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.frozen = nn.Linear(8, 3), nn.Linear(8, 8)
+        self.frozen.requires_grad_(requires_grad=False)
+        self.register_buffer("count", torch.zeros(()))
+        self.kept: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if bool((x < 0).any()):
+            raise ValueError("below 0")
+        self.count += 1
+        self.kept = self.frozen.weight.sum(0) if self.kept is None else self.kept
+        dropped = functional.scaled_dot_product_attention(*[x.unsqueeze(1)] * 3, dropout_p=0.5 * self.training)
+        return self.head(functional.dropout(dropped.squeeze(1), 0.5, self.training) + self.kept)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_model_is_after_it_was_tried_as_it_was(engine: str) -> None:
+    model = Watchful()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    clipping_engine(engine, model, Grid.of(1.0, 64)).ranges(torch.rand(40, 8), torch.randint(0, 3, (40,)))
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+    assert model.kept is not None
+    assert torch.equal(model.kept, model.frozen.weight.sum(0))
+
+
+def test_a_device_that_is_refused_leaves_the_model_without_hooks() -> None:
+    plan = PrivacyPlan(
+        epsilon=3.0, delta=1e-6, epsilon_certified=2.9, noise_multiplier=1.5, max_grad_norm=1.0, sample_rate=0.5,
+        steps=10, rows=40,
+    )  # fmt: skip
+    for engine in ENGINES:
+        model = Backwards()
+        for _ in range(2):
+            with pytest.raises(InputError, match="computes a row otherwise"):
+                Mechanism(
+                    plan, model, torch.rand(40, 8), torch.randint(0, 3, (40,)), shards=[("a", 40)], run="r", attempt=1,
+                    rank=0, world_size=1, secret=bytes(32), engine=engine,
+                )  # fmt: skip
+        assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.modules())
+        pickle.dumps(copy.deepcopy(model))
+
+
+def test_passes_of_others_are_not_noted() -> None:
+    model = nn.Sequential(nn.Linear(8, 3))
+    clipped = BookkeepingGradients(model, Grid.of(1.0, 64))
+    clipped(torch.rand(40, 8), torch.randint(0, 3, (40,)))
+    with torch.no_grad():
+        model(torch.rand(1000, 8))
+    assert clipped._tape == []
+
+
+@pytest.mark.parametrize("width", [5, 9])
+def test_functions_that_compute_the_last_elements_otherwise(width: int) -> None:
+    """A sigmoid between layers, whose vectors the rows of a microbatch have to fill up."""
+    model = nn.Sequential(nn.Linear(8, width), nn.Sigmoid(), nn.Linear(width, 2))
+    clipped = BookkeepingGradients(model, Grid.of(1.0, 64), ClippingOptions(microbatch_rows=16))
+    clipped.ranges(torch.rand(40, 8), torch.randint(0, 2, (40,)))
+    assert clipped._step * width % 32 == 0
 
 
 class Columns(nn.Module):

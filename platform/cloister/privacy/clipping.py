@@ -31,10 +31,9 @@ Shapes: B rows of a batch, D inputs, C classes, L layers, P trainable parameters
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -53,7 +52,7 @@ from cloister.privacy.microbatch import (
     tried,
     without,
 )
-from cloister.privacy.products import faster_layers
+from cloister.privacy.products import faster_layers, require_whole_products
 
 _MIXING_LAYERS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 # Relative slack below C for float32 rounding of a row's norm and weight.
@@ -173,6 +172,7 @@ class BookkeepingGradients:
         groups = self._parameters.layers if self._options.per_layer else 1
         self._bound = grid.bound * (1.0 - ROUNDING_MARGIN) / groups**0.5
         self._tape: list[Use] = []
+        self._noting = False
         self._rows = self._step = 0  # of a microbatch, and of what it has a multiple
         self._block_rows = self._several = 0  # of a block, and of one of several positions
         self._waiting: list[torch.Tensor] = []
@@ -186,8 +186,8 @@ class BookkeepingGradients:
             self._compiled_sums = torch.compile(self._sums_with_probes, fullgraph=True, dynamic=False)
 
     def ranges(self, x_ND: torch.Tensor, y_N: torch.Tensor) -> int:
-        if not self._rows:
-            with tried(self._model):
+        if not self._step:
+            with tried(self._model, compiled=self._options.compiled):
                 try:
                     self._prepare(x_ND, y_N)
                 except InputError:
@@ -242,8 +242,11 @@ class BookkeepingGradients:
         if not self._options.tried:
             self._step = 1
             return
+        # What is computed between layers. (A fixed number of rows is tried as it is.)
+        between = [*(use.a for use in uses[1:]), *(use.output for use in uses[:-1])]
         self._step = fitting_step(
             self._computed, lambda rows: public_rows(self._model, x_ND, y_N, rows), self._rows,
+            widths=set() if x.is_cuda else {each.numel() // len(each) for each in between},
             fixed=self._options.compiled,
         )  # fmt: skip
 
@@ -343,6 +346,7 @@ class BookkeepingGradients:
         frozen: contextlib.AbstractContextManager[None] = (
             contextlib.nullcontext() if compiling else self._parameters.frozen()
         )
+        self._noting = True
         with self._precision(x), frozen:
             try:
                 losses_B = self._losses(self._model(x), y).float() * mask_B
@@ -350,6 +354,8 @@ class BookkeepingGradients:
                 if _IN_PLACE in str(error) and self._tape:
                     raise _changed_in_place(self._tape[-1].name) from error
                 raise
+            finally:
+                self._noting = False
         uses, self._tape = self._tape, []
         for use in uses:
             if len(use.a) != len(x) or len(use.output) != len(x):
@@ -366,6 +372,8 @@ class BookkeepingGradients:
 
     def _note(self, name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], torch.Tensor]:
         def hook(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+            if not self._noting:  # somebody else's pass
+                return output
             if not inputs:
                 raise InputError(f"layer '{name}' is called with its input by keyword", "pass it by position")
             version = 0
@@ -486,15 +494,3 @@ def _where(keep_B: torch.Tensor, values: torch.Tensor | None) -> torch.Tensor:
     assert values is not None  # noqa: S101  (a use's gradient, after the backward pass)
     shape = (len(keep_B), *[1] * (values.dim() - 1))
     return torch.where(keep_B.view(shape), values, torch.zeros((), dtype=values.dtype, device=values.device))
-
-
-def require_whole_products() -> None:
-    """Refuse settings with which float32 products have the precision of bfloat16 or TF32, and norms with them."""
-    mkldnn: Any = torch.backends.mkldnn
-    parts = (torch.backends, mkldnn, mkldnn.matmul, torch.backends.cuda.matmul)
-    if not {each.fp32_precision for each in parts} <= {"none", "ieee"}:
-        raise InputError("float32 products are rounded, and so would norms be",
-                         'set torch.set_float32_matmul_precision("highest")')  # fmt: skip
-    for name in ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"):
-        if os.environ.get(name, "STRICT").upper() != "STRICT":
-            raise InputError("float32 products may be rounded, and so would norms be", f"unset {name}")

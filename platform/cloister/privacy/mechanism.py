@@ -74,7 +74,11 @@ class Mechanism:
         self._places_N = places_of(x_ND, y_N, key("places"))
         self._seeds = Keystream(key("layers"))
         self._clipped = clipped_gradients or clipping_engine(engine, model, self._grid, options)
-        self._ranges = self._clipped.ranges(x_ND, y_N)
+        try:
+            self._ranges = self._clipped.ranges(x_ND, y_N)
+        except BaseException:
+            self._clipped.close()
+            raise
 
     def sample(self) -> npt.NDArray[np.int64]:
         """The row numbers of the next batch, ascending; possibly none."""

@@ -11,6 +11,10 @@ It is tried on random rows and with random weights (`tried`): which kernel compu
 but weights of zero hide what comes back through them. Dropout is off meanwhile. Its masks are drawn for each row by
 itself, from a secret seed (`mechanism`): what a row more does to the masks of others, it does to none that is known.
 
+Not promised: to notice what random numbers hide. Functions such as the sigmoid compute the last elements of a tensor,
+beyond whole vectors, otherwise. Where those are the last of a microbatch, it has as many rows as fill vectors up; where
+a thread's share of a tensor of 32,768 elements or more ends, it may still be so.
+
 Shapes: N rows of a rank, B rows of a microbatch, D inputs.
 """
 
@@ -18,19 +22,23 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from cloister.errors import InputError
-from cloister.privacy.layers import trains
 
 # Microbatches have a multiple of one of these rows. Below four, libraries multiply by other kernels; and where rows are
 # no multiples of pairs of vectors, the last elements of a microbatch go through other functions.
 _STEPS = (4, 8, 16, 32)
 _MOST_MULTIPLES = 32  # or to try them takes long
+_VECTORS = 32  # elements: of the widest vectors two, which functions take at once
+_DROPOUTS = ("dropout", "alpha_dropout", "dropout1d", "dropout2d", "dropout3d", "feature_alpha_dropout")
+_DROPOUT_OF_ATTENTION = 4  # the argument's place: query, key, value, mask, dropout
 
 
 def random_inputs(model: nn.Module, x_ND: torch.Tensor, rows: int) -> torch.Tensor:
@@ -59,7 +67,7 @@ def public_rows(
             signed = (torch.randn(x.shape, generator=generator) * sizes).to(x)
             try:
                 classes, x = model(signed).shape[-1], signed
-            except (IndexError, RuntimeError):
+            except Exception:  # noqa: BLE001 - the model's own, whatever it says to such numbers
                 classes = model(x).shape[-1]
         else:
             classes = model(x).shape[-1]
@@ -68,47 +76,86 @@ def public_rows(
 
 
 @contextlib.contextmanager
-def tried(model: nn.Module) -> Iterator[None]:
-    """Within the block, the model has random weights and no dropout; what it had is back afterwards.
+def tried(model: nn.Module, *, compiled: bool = False) -> Iterator[None]:
+    """Within the block, the model trains with random weights and without dropout; all it had is back afterwards.
 
-    Layers that train stay in training, since Opacus's hooks look at that.
+    Weights that do not train stay: models may keep what follows from them. What is `compiled` keeps its attention, for
+    which another graph would be tried than is used.
     """
     generator = torch.Generator().manual_seed(0)
     modes = [(layer, layer.training) for layer in model.modules()]
-    weights = [(weight, weight.detach().clone()) for weight in model.parameters() if weight.is_floating_point()]
+    weights = [(weight, weight.detach().clone()) for weight in model.parameters() if weight.requires_grad]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
     try:
         with torch.no_grad():
             for weight, kept in weights:
-                inputs = kept.numel() / len(kept) if kept.dim() > 1 else 1.0
-                weight.copy_(torch.randn(kept.shape, generator=generator) / math.sqrt(inputs))
-        for layer, _ in modes:
-            layer.training = trains(layer)
-        yield
+                inputs = kept.numel() / max(1, len(kept)) if kept.dim() > 1 else 1.0
+                weight.copy_(torch.randn(kept.shape, generator=generator) / math.sqrt(max(1.0, inputs)))
+        model.train()
+        with _without_dropout(attention=not compiled):
+            yield
     finally:
-        with torch.no_grad():
-            for weight, kept in weights:
-                weight.copy_(kept)
         for layer, training in modes:
             layer.training = training
+        with torch.no_grad():
+            for tensor, kept in (*weights, *buffers):
+                tensor.copy_(kept)
+
+
+@contextlib.contextmanager
+def _without_dropout(*, attention: bool) -> Iterator[None]:
+    """Within the block, functions that drop numbers give them back; attention, if so said, drops none."""
+    computed = functional.scaled_dot_product_attention
+
+    def whole_attention(*given: Any, **options: Any) -> torch.Tensor:
+        if len(given) > _DROPOUT_OF_ATTENTION:
+            given = (*given[:_DROPOUT_OF_ATTENTION], 0.0, *given[_DROPOUT_OF_ATTENTION + 1 :])
+        return computed(*given, **{**options, **({"dropout_p": 0.0} if "dropout_p" in options else {})})
+
+    instead: dict[str, Callable[..., torch.Tensor]] = dict.fromkeys(_DROPOUTS, _same_numbers)
+    if attention:
+        instead["scaled_dot_product_attention"] = whole_attention
+    kept = {name: getattr(functional, name) for name in instead}
+    try:
+        for name, function in instead.items():
+            setattr(functional, name, function)
+        yield
+    finally:
+        for name, function in kept.items():
+            setattr(functional, name, function)
+
+
+def _same_numbers(input: torch.Tensor, *_given: Any, **_options: Any) -> torch.Tensor:
+    return input
 
 
 def fitting_step(
     computed: Callable[[torch.Tensor, torch.Tensor], Sequence[torch.Tensor]],
-    public: Callable[[int], tuple[torch.Tensor, torch.Tensor]], rows: int, *, fixed: bool = False,
+    public: Callable[[int], tuple[torch.Tensor, torch.Tensor]], rows: int, *, widths: Collection[int] = (),
+    fixed: bool = False,
 ) -> int:  # fmt: skip
     """Of what number of rows a microbatch has a multiple, where it has up to so many rows, and others of no weight.
 
     `computed` gives what is computed of each row, [B, ...]: it has to have the same bits in each place of a microbatch,
-    and at each multiple; `fixed`: at the largest. `public` makes rows for it.
+    and at each multiple; `fixed`: at the largest. `public` makes rows for it. Tensors of so many elements a row as
+    `widths` says have whole vectors.
 
     Raises:
-        InputError: it has not.
+        InputError: it has not, or nothing is seen of it.
     """
-    for step in (step for step in _STEPS if rows <= _MOST_MULTIPLES * step):
+    for step in _STEPS:
+        if rows > _MOST_MULTIPLES * step or any(step * width % _VECTORS for width in widths):
+            continue
         most = rounded_up(rows, step)
         x, y = public(most)
         places = torch.arange(most, device=x.device)
         expected = [each.detach().clone() for each in computed(x, y)]
+        finite_B = torch.stack([torch.isfinite(each.reshape(len(each), -1)).all(1) for each in expected]).all(0)
+        if 2 * int(finite_B.sum()) < most:
+            raise InputError(
+                "with random weights and rows the model's gradients are not finite: this device cannot be tried",
+                "let the model give finite numbers for weights around 0, and inputs of up to 50",
+            )
 
         def alike(fill: int, shift: int) -> bool:
             some = places.roll(shift)[:fill]  # noqa: B023 - used within the round
@@ -121,7 +168,7 @@ def fitting_step(
             return step
     raise InputError(
         "this device computes a row otherwise when others are beside it, so that one row would show in all",
-        "let hidden layers be 8, or 12 or more, wide; or train on another device",
+        "let hidden layers be 8, or 12 or more, wide; keep rows apart; drop numbers by nn.Dropout alone",
     )
 
 
@@ -161,6 +208,8 @@ def align_rows(model: nn.Module) -> list[RemovableHandle]:
     """
 
     def aligned(_layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        if not inputs:
+            return inputs
         x = inputs[0]
         if x.is_cuda or not any(places % 4 for places in (x.shape[-1], *x.stride()[:-1])):
             return inputs

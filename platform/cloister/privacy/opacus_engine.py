@@ -20,14 +20,17 @@ from torch import nn
 
 from cloister.errors import InputError
 from cloister.privacy.blocks import Blocks, ranges_for, spread
-from cloister.privacy.clipping import ROUNDING_MARGIN, ClippingOptions, check_layers, require_whole_products, row_losses
+from cloister.privacy.clipping import ROUNDING_MARGIN, ClippingOptions, check_layers, row_losses
 from cloister.privacy.gradients import Rows
 from cloister.privacy.grid import MOST_ROWS, Grid
+from cloister.privacy.layers import trains
 from cloister.privacy.microbatch import align_rows, filled, fitting_step, public_rows, rounded_up, tried
+from cloister.privacy.products import require_whole_products
 
 # What the gradients of one microbatch may take.
 _GRADIENT_BYTES = 64e6
 _FEWEST_ROWS = 4
+_WHOLE_VECTORS = 32  # rows, whatever their elements are
 # What torch says in every step where hooks see no gradient of the input: of the first layer there is none.
 _NO_INPUT_GRADIENT = "Full backward hook is firing"
 _SUPPORTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
@@ -62,7 +65,13 @@ class OpacusGradients:
     def ranges(self, x_ND: torch.Tensor, y_N: torch.Tensor) -> int:
         if not self._step:
             with tried(self._model):
-                self._step = fitting_step(self._gradients, lambda rows: self._public(x_ND, y_N, rows), self._rows)
+                for name, layer in self._model.named_modules():
+                    if trains(layer) and not layer.training:  # Opacus's hooks pass it over
+                        raise InputError(f"layer '{name}' is kept out of training mode", "use engine: bookkeeping")
+                widths = {1} if self._rows >= _WHOLE_VECTORS and not x_ND.is_cuda else set()
+                self._step = fitting_step(
+                    self._gradients, lambda rows: self._public(x_ND, y_N, rows), self._rows, widths=widths
+                )
         return ranges_for(self._grid.rows_a_rank, self._rows)
 
     def __call__(self, x_BD: torch.Tensor, y_B: torch.Tensor, blocks: Blocks | None = None) -> torch.Tensor:
@@ -83,7 +92,8 @@ class OpacusGradients:
         for parameter in self._parameters:
             parameter.grad = None
         for layer in self._model.modules():
-            vars(layer).pop("activations", None)
+            for name in ("activations", "max_batch_len"):
+                vars(layer).pop(name, None)
 
     def _add(self, total_P: torch.Tensor, x: torch.Tensor, y: torch.Tensor, mask_B: torch.Tensor) -> None:
         losses_B, *gradients = self._gradients(x, y)
@@ -118,6 +128,8 @@ class OpacusGradients:
 
 
 def _is_supported(layer: nn.Module) -> bool:
+    if isinstance(layer, nn.LayerNorm) and layer.bias is None:
+        return False
     return type(layer) in _SUPPORTED and getattr(layer, "padding_idx", None) is None  # it counts the padding's gradient
 
 

@@ -11,6 +11,7 @@ Shapes: B rows, N numbers that are summed up, D inputs, P outputs.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+
+from cloister.errors import InputError
 
 _ONEDNN: Callable[..., torch.Tensor] | None = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 # Below, it does not pay for what oneDNN prepares for each shape: multiplications of a product, and of one row's part.
@@ -32,6 +35,18 @@ def product(g_PN: torch.Tensor, a_ND: torch.Tensor) -> torch.Tensor:
     if len(g_PN) <= a_ND.shape[1]:
         return _ONEDNN(g_PN, a_ND.mT, None, "none", [], "")
     return _ONEDNN(a_ND.mT, g_PN, None, "none", [], "").mT  # it wants the narrower one first
+
+
+def require_whole_products() -> None:
+    """Refuse settings with which float32 products have the precision of bfloat16 or TF32, and norms with them."""
+    mkldnn: Any = torch.backends.mkldnn
+    parts = (torch.backends, mkldnn, mkldnn.matmul, torch.backends.cuda.matmul)
+    if not {each.fp32_precision for each in parts} <= {"none", "ieee"}:
+        raise InputError("float32 products are rounded, and so would norms be",
+                         'set torch.set_float32_matmul_precision("highest")')  # fmt: skip
+    for name in ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"):
+        if os.environ.get(name, "STRICT").upper() != "STRICT":
+            raise InputError("float32 products may be rounded, and so would norms be", f"unset {name}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +70,8 @@ def faster_layers(model: nn.Module) -> list[Faster]:
     return [Faster(layer) for layer in found]
 
 
-def _forward(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    weight, bias = layer.weight, layer.bias
+def _forward(layer: nn.Linear, input: torch.Tensor) -> torch.Tensor:
+    x, weight, bias = input, layer.weight, layer.bias
     if (
         _ONEDNN is None or x.is_cuda or not len(x) or x[0].numel() * layer.out_features < _WORTH_A_ROW
         or not x.dtype == weight.dtype == torch.float32 or torch.is_autocast_enabled("cpu")

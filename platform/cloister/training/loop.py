@@ -102,10 +102,9 @@ def train(
         plan, model, x_ND, y_N, shards=shards or [(f"rank-{rank}", len(x_ND))], run=run, attempt=attempt, rank=rank,
         world_size=world_size, secret=secret, engine=engine, options=options, clipped_gradients=clipped_gradients,
     )  # fmt: skip
-    tripwires, streams = Tripwires(model, plan, noise_std(plan)), StreamWatch(plan.sample_rate, len(x_ND))
-
-    model.train()
     try:
+        tripwires, streams = Tripwires(model, plan, noise_std(plan)), StreamWatch(plan.sample_rate, len(x_ND))
+        model.train()
         for step in range(resume_from, plan.steps):
             block_end = min(step - (step - resume_from) % block_steps + block_steps, plan.steps)
             if (step - resume_from) % block_steps == 0:
