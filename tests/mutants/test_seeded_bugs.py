@@ -86,7 +86,7 @@ BUGS = (
         "weight.copy_(torch.randn(kept.shape, generator=generator) / math.sqrt(max(1.0, inputs)))", "pass", ONE_ROW,
         "tried"),
     Bug("a device is tried with a model that does not train", "privacy/microbatch.py",
-        "        model.train()\n        with _without", "        model.eval()\n        with _without", ONE_ROW,
+        "        model.train()\n        for dropping", "        model.eval()\n        for dropping", ONE_ROW,
         "as_it_trains"),
     Bug("a device is tried with numbers that are none", "privacy/microbatch.py",
         "if 2 * int(finite_B.sum()) < most:", "if False:", ONE_ROW, "as_it_trains"),

@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from architectures import FAMILIES
 from cloister.errors import InputError
@@ -20,6 +22,7 @@ from cloister.privacy.clipping import BookkeepingGradients, ClippingOptions
 from cloister.privacy.engines import clipping_engine
 from cloister.privacy.gradients import Products, Rows
 from cloister.privacy.grid import MOST_ROWS, SLACK, Block, Grid
+from cloister.privacy.microbatch import tried
 
 torch.set_num_threads(1)
 KEY = bytes(range(32))
@@ -288,6 +291,9 @@ def test_models_with_dropout_are_tried_without_it_and_trained_with_it(engine: st
     clipped = clipping_engine(engine, model, Grid.of(1.0, 50))
     clipped.ranges(x, y)
     assert all(layer.training for layer in model.modules())
+    with tried(model), ThreadPoolExecutor(1) as another:  # what is off here is on there
+        assert float(functional.dropout(torch.ones(99), 0.5).sum()) == 99.0
+        assert float(another.submit(functional.dropout, torch.ones(99), 0.5).result().sum()) != 99.0
     assert not torch.equal(clipped(x, y), clipped(x, y)), "each time with masks of its own"
 
 

@@ -391,7 +391,7 @@ NOT_NOISE = {
     "training/architectures.py": {"manual_seed", "fork_rng"},
     "training/export.py": {"rand", "manual_seed", "Generator"},
     "training/rehearsal.py": {"randint", "manual_seed", "Generator"},
-    "privacy/microbatch.py": {"rand", "randn", "randint", "manual_seed", "Generator"},
+    "privacy/microbatch.py": {"rand", "randn", "randint", "manual_seed", "Generator", "dropout"},
     "privacy/mechanism.py": {"manual_seed", "fork_rng"},
     "training/baseline.py": {"randperm", "manual_seed", "default_rng", "Generator"},
 }

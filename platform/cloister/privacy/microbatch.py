@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from cloister.errors import InputError
@@ -37,7 +38,10 @@ from cloister.errors import InputError
 _STEPS = (4, 8, 16, 32)
 _MOST_MULTIPLES = 32  # or to try them takes long
 _VECTORS = 32  # elements: of the widest vectors two, which functions take at once
-_DROPOUTS = ("dropout", "alpha_dropout", "dropout1d", "dropout2d", "dropout3d", "feature_alpha_dropout")
+_DROPOUTS = (
+    torch.dropout, functional.dropout, functional.alpha_dropout, functional.dropout1d, functional.dropout2d,
+    functional.dropout3d, functional.feature_alpha_dropout,
+)  # fmt: skip
 _DROPOUT_OF_ATTENTION = 4  # the argument's place: query, key, value, mask, dropout
 
 
@@ -79,11 +83,12 @@ def public_rows(
 def tried(model: nn.Module, *, compiled: bool = False) -> Iterator[None]:
     """Within the block, the model trains with random weights and without dropout; all it had is back afterwards.
 
-    Weights that do not train stay: models may keep what follows from them. What is `compiled` keeps its attention, for
-    which another graph would be tried than is used.
+    Weights that do not train stay: models may keep what follows from them. Where the model is `compiled`, only layers
+    stop dropping; functions are in the graph.
     """
     generator = torch.Generator().manual_seed(0)
     modes = [(layer, layer.training) for layer in model.modules()]
+    drops = {layer: layer.p for layer in model.modules() if isinstance(layer, nn.modules.dropout._DropoutNd)}
     weights = [(weight, weight.detach().clone()) for weight in model.parameters() if weight.requires_grad]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
     try:
@@ -92,9 +97,13 @@ def tried(model: nn.Module, *, compiled: bool = False) -> Iterator[None]:
                 inputs = kept.numel() / max(1, len(kept)) if kept.dim() > 1 else 1.0
                 weight.copy_(torch.randn(kept.shape, generator=generator) / math.sqrt(max(1.0, inputs)))
         model.train()
-        with _without_dropout(attention=not compiled):
+        for dropping in drops:
+            dropping.p = 0.0
+        with contextlib.nullcontext() if compiled else _WithoutDropout():
             yield
     finally:
+        for dropping, share in drops.items():
+            dropping.p = share
         for layer, training in modes:
             layer.training = training
         with torch.no_grad():
@@ -102,31 +111,20 @@ def tried(model: nn.Module, *, compiled: bool = False) -> Iterator[None]:
                 tensor.copy_(kept)
 
 
-@contextlib.contextmanager
-def _without_dropout(*, attention: bool) -> Iterator[None]:
-    """Within the block, functions that drop numbers give them back; attention, if so said, drops none."""
-    computed = functional.scaled_dot_product_attention
+class _WithoutDropout(TorchFunctionMode):
+    """In this thread, functions that drop numbers give them back, and attention drops none."""
 
-    def whole_attention(*given: Any, **options: Any) -> torch.Tensor:
-        if len(given) > _DROPOUT_OF_ATTENTION:
-            given = (*given[:_DROPOUT_OF_ATTENTION], 0.0, *given[_DROPOUT_OF_ATTENTION + 1 :])
-        return computed(*given, **{**options, **({"dropout_p": 0.0} if "dropout_p" in options else {})})
-
-    instead: dict[str, Callable[..., torch.Tensor]] = dict.fromkeys(_DROPOUTS, _same_numbers)
-    if attention:
-        instead["scaled_dot_product_attention"] = whole_attention
-    kept = {name: getattr(functional, name) for name in instead}
-    try:
-        for name, function in instead.items():
-            setattr(functional, name, function)
-        yield
-    finally:
-        for name, function in kept.items():
-            setattr(functional, name, function)
-
-
-def _same_numbers(input: torch.Tensor, *_given: Any, **_options: Any) -> torch.Tensor:
-    return input
+    def __torch_function__(
+        self, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        if func is functional.scaled_dot_product_attention:
+            args = (*args[:_DROPOUT_OF_ATTENTION], *((0.0,) if len(args) > _DROPOUT_OF_ATTENTION else ()),
+                    *args[_DROPOUT_OF_ATTENTION + 1 :])  # fmt: skip
+            kwargs |= {"dropout_p": 0.0} if "dropout_p" in kwargs else {}
+        return func(*args, **kwargs)
 
 
 def fitting_step(
