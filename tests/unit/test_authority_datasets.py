@@ -236,6 +236,16 @@ def test_a_budget_outside_its_range_is_refused(calm_world: World, budget: tuple[
         calm_world.refused(400, "olga", "PUT", "/v1/datasets/adult/budget", sent)
 
 
+def test_a_budgets_delta_protects_each_row(world: World) -> None:
+    """With delta 1/rows a run may publish a row outright, and is (0, delta)-private."""
+    (listed,) = world.get("olga", "/v1/datasets")
+    limit = 1 / listed["rows"]
+    answer = world.ask("olga", "PUT", "/v1/datasets/adult/budget", {"epsilon": 3.0, "delta": limit})
+    assert answer.status_code == 400
+    assert "row outright" in answer.json()["error"]
+    world.set_budget(3.0, limit * 0.99)
+
+
 def test_a_budget_beyond_all_reason_does_not_even_reach_policy(calm_world: World) -> None:
     with calm_world.still(entries=0):
         calm_world.refused(400, "olga", "PUT", "/v1/datasets/adult/budget", {"epsilon": 1e308, "delta": 1e-5})

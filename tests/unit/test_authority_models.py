@@ -143,9 +143,9 @@ def test_the_provenance_tells_both_accountants_what_they_assume_and_both_audits(
     privacy = json.loads(unb64(provenance["payload"]))["predicate"]["privacy"]
     plan = world.get("ed", f"/v1/runs/{run}")["plan"]
     mechanism = plan["noise_multiplier"], plan["sample_rate"], plan["steps"], plan["delta"]
-    by_both = {"prv": accounting.prv_epsilon(*mechanism), "pld": accounting.pld_epsilon(*mechanism)}
-    assert privacy["accountants"] == by_both
-    assert max(by_both.values()) <= privacy["epsilon"] <= EPSILON
+    assert privacy["accountants"] == accounting.accounts(*mechanism)
+    assert accounting.certified(privacy["accountants"]) <= privacy["epsilon"] <= EPSILON
+    assert privacy["epsilon_replacing"] == plan["epsilon_replacing"] > privacy["epsilon"]
     assert all(sentence.endswith(".") for sentence in privacy["assumptions"])
     told = privacy["audit"]
     assert told["verdict"] == "not falsified"

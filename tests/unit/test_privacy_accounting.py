@@ -1,10 +1,12 @@
-"""The stated epsilon is an upper bound by two accountants, and the plan never exceeds its target."""
+"""The stated epsilon is an upper bound, two accountants agree about it, and no plan exceeds its target."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
+import mpmath
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -33,23 +35,93 @@ def plan() -> PrivacyPlan:
 
 def test_both_accountants_give_the_known_figure() -> None:
     known = {"noise_multiplier": 1.0, "sample_rate": 0.02048, "steps": 2441, "delta": 1e-5}
-    assert accounting.prv_epsilon(**known) == pytest.approx(6.446, abs=0.005)
-    assert accounting.pld_epsilon(**known) == pytest.approx(6.436, abs=0.005)
+    assert accounting.prv_epsilon(**known) == pytest.approx(6.436, rel=0.005)
+    assert accounting.pld_epsilon(**known) == pytest.approx(6.436, rel=0.001)
     assert accounting.epsilon(**known) == max(accounting.prv_epsilon(**known), accounting.pld_epsilon(**known))
+    assert accounting.rdp_epsilon(**known) == pytest.approx(7.034, abs=0.01)
 
 
-def test_one_gaussian_step_is_not_understated() -> None:
-    """At q close to 1 one step is the plain Gaussian mechanism, whose curve is known in closed form (Balle 2018)."""
-    sigma, delta = 2.0, 1e-5
-    stated = accounting.epsilon(sigma, 1 - 1e-9, 1, delta)
+def test_gaussian_steps_are_not_understated() -> None:
+    """At q close to 1 steps are plain Gaussian mechanisms, whose curve is known in closed form (Balle 2018): up to the
+    largest number of steps, and down to the least delta, where Fourier transforms round the most."""
 
-    def phi(x: float) -> float:
-        return 0.5 * math.erfc(-x / math.sqrt(2))
+    def exact_delta(sigma: float, eps: float) -> mpmath.mpf:
+        left, right = mpmath.ncdf(0.5 / sigma - eps * sigma), mpmath.ncdf(-0.5 / sigma - eps * sigma)
+        return left - mpmath.exp(eps) * right
+
+    with mpmath.workdps(50):
+        for steps, delta, whole in itertools.product((1, 50_000), (1e-10, 1e-5), (0.4, 2.0, 10.0)):
+            stated = accounting.accounts(whole * math.sqrt(steps), 1 - 1e-9, steps, delta)
+            for epsilon in stated.values():
+                assert exact_delta(whole, epsilon) <= delta, (steps, delta, whole, stated)
+            assert delta <= exact_delta(whole, accounting.certified(stated) * 0.98), (steps, delta, whole, stated)
+
+
+def test_a_delta_that_rounding_reaches_is_refused() -> None:
+    with pytest.raises(ValueError, match="delta"):
+        accounting.epsilon(1.0, 0.1, 10, 0.99e-10)
+    with pytest.raises(InputError, match=r"privacy\.delta"):
+        TrainingSpec.from_yaml_text(SPEC.replace("1.0e-5", "0.99e-10"))
+
+
+def test_small_epsilons_are_told_as_finely_as_large_ones() -> None:
+    """Errors were absolute: at 0.05 one accountant said 0.34, and Rényi divergences less than either."""
+    for sigma, rate, steps in ((53.78, 0.01, 5000), (20.0, 0.01, 500), (6.0, 0.003, 2000)):
+        found = accounting.accounts(sigma, rate, steps, 1e-6)
+        assert accounting.certified(found) <= found["rdp"]
+        assert found["pld"] <= accounting.certified(found) < 1.05 * found["pld"] < 0.1
+
+
+def test_renyi_divergences_are_not_understated() -> None:
+    """Whatever logarithms of sums near 1 round: the sum in 60 digits."""
+    from opacus.accountants.analysis.rdp import compute_rdp
+
+    with mpmath.workdps(60):
+        for rate, sigma in itertools.product((1e-6, 0.01, 0.7), (0.5, 5.0, 1000.0)):
+            for order in (2, 17, 128, 1024):
+                q, exponent = mpmath.mpf(rate), 2 * mpmath.mpf(sigma) ** 2
+                exact = mpmath.log(mpmath.fsum(
+                    mpmath.binomial(order, k) * q**k * (1 - q) ** (order - k) * mpmath.exp(k * (k - 1) / exponent)
+                    for k in range(order + 1)
+                )) / (order - 1)  # fmt: skip
+                stated = compute_rdp(q=rate, noise_multiplier=sigma, steps=1, orders=[order])[0]
+                assert stated + accounting._RDP_ROUNDING >= exact * (1 - mpmath.mpf(1e-12)), (rate, sigma, order)
+
+
+def test_replacing_a_row_costs_more_than_adding_it_and_less_than_twice(plan: PrivacyPlan) -> None:
+    """The figure beside a plan's epsilon. One step is integrated by brute force."""
+    assert plan.epsilon_replacing == pytest.approx(5.48, abs=0.01)
+    assert plan.epsilon < plan.epsilon_replacing < 2 * plan.epsilon
+    sigma, rate, delta = 1.5, 0.1, 1e-5
+    stated = accounting.replacing_epsilon(sigma, rate, 1, delta)
+    x = np.linspace(-15 * sigma, 15 * sigma, 400_001)
+    one, other = (
+        (1 - rate) * np.exp(-x * x / (2 * sigma**2)) + rate * np.exp(-((x - side) ** 2) / (2 * sigma**2))
+        for side in (1, -1)
+    )
+    scale = (x[1] - x[0]) / (sigma * math.sqrt(2 * math.pi))
 
     def exact_delta(eps: float) -> float:
-        return phi(0.5 / sigma - eps * sigma) - math.exp(eps) * phi(-0.5 / sigma - eps * sigma)
+        return float(np.maximum(one - math.exp(eps) * other, 0).sum() * scale)
 
-    assert exact_delta(stated) <= delta <= exact_delta(stated - 0.03)
+    assert exact_delta(stated) <= delta <= exact_delta(stated * 0.98)
+
+
+@pytest.mark.parametrize("target", [1.0, 8.0])
+def test_what_is_planned_is_certified_whatever_the_accountants_last_digits_do(
+    monkeypatch: pytest.MonkeyPatch, target: float
+) -> None:
+    """A search over a function that does not fall everywhere once gave a plan of 8.615 where 8 was asked."""
+    true = accounting.pld_epsilon
+    monkeypatch.setattr(
+        accounting, "prv_epsilon",
+        lambda sigma, *rest: true(sigma, *rest) * (1.01 + 0.1 * math.sin(977 * sigma) * math.cos(61 * sigma)),
+    )  # fmt: skip
+    found = make_plan(epsilon=target, delta=1e-6, max_grad_norm=1.0, epochs=5, expected_batch_size=100, rows=10_000)
+    assert found.epsilon_certified <= target
+    for above in (target + 1e-9, math.nan):
+        with pytest.raises(InputError, match="costs more"):
+            replace(found, epsilon_certified=above)
 
 
 def test_the_bound_does_not_depend_on_which_accountant_is_right() -> None:
@@ -70,7 +142,7 @@ def test_no_noise_is_no_privacy_and_no_step_costs_nothing() -> None:
 
 def test_a_plan_is_certified_below_its_target_and_wastes_little(plan: PrivacyPlan) -> None:
     assert 2.98 < plan.epsilon_certified <= plan.epsilon == 3.0
-    assert plan.epsilon_certified == max(plan.accounts_after(plan.steps).values())
+    assert plan.epsilon_certified == accounting.certified(plan.accounts_after(plan.steps))
     assert accounting.epsilon(plan.noise_multiplier - 0.002, plan.sample_rate, plan.steps, plan.delta) > 3.0
     assert plan.steps == round(20 * 26_049 / 1024)
     assert plan.expected_batch_size == pytest.approx(1024, abs=1e-9)
@@ -78,7 +150,7 @@ def test_a_plan_is_certified_below_its_target_and_wastes_little(plan: PrivacyPla
 
 
 def test_redone_steps_cost_more(plan: PrivacyPlan) -> None:
-    fewer, more = (max(plan.accounts_after(steps).values()) for steps in (plan.steps // 2, plan.steps + 50))
+    fewer, more = (accounting.certified(plan.accounts_after(steps)) for steps in (plan.steps // 2, plan.steps + 50))
     assert fewer < plan.epsilon_certified < more
 
 
@@ -91,7 +163,8 @@ def test_a_plan_survives_its_plain_map_and_refuses_any_other(plan: PrivacyPlan) 
                   body | {"rows_per_unit": 0}, body | {"rows_per_unit": 1.5}):  # fmt: skip
         with pytest.raises(InputError):
             PrivacyPlan.from_dict(wrong)
-    assert PrivacyPlan.from_dict({k: v for k, v in body.items() if k != "rows_per_unit"}) == plan, "an older plan"
+    older = {k: v for k, v in body.items() if k not in ("rows_per_unit", "epsilon_replacing")}
+    assert PrivacyPlan.from_dict(older) == replace(plan, epsilon_replacing=None), "an older plan"
     with pytest.raises(InputError):
         replace(plan, rows=0)
 
@@ -101,7 +174,7 @@ def test_a_plan_survives_its_plain_map_and_refuses_any_other(plan: PrivacyPlan) 
     [
         ({"expected_batch_size": 26_049}, "expected_batch_size"),
         ({"delta": 1e-4}, "delta"),
-        ({"epsilon": 0.01}, "no amount of noise"),
+        ({"epsilon": 0.001}, "no amount of noise"),
     ],
 )
 def test_a_plan_that_cannot_be_private_is_refused(change: dict[str, float], told: str) -> None:
@@ -118,7 +191,7 @@ UNITS = [(2, 2.0), (8, 8.0), (8, 4.0), (100, 60.0)]
 def test_two_accountants_agree_about_units(rows: int, sigma: float) -> None:
     prv = accounting.prv_epsilon(sigma, 0.02048, 2441, 1e-5, rows)
     pld = accounting.pld_epsilon(sigma, 0.02048, 2441, 1e-5, rows)
-    assert abs(prv - pld) < 0.02
+    assert prv == pytest.approx(pld, rel=0.005)
     assert accounting.epsilon(sigma, 0.02048, 2441, 1e-5, rows) == max(prv, pld)
 
 
@@ -136,7 +209,7 @@ def test_a_unit_costs_less_than_group_privacy_says() -> None:
     """k·epsilon at delta·(1 + e^epsilon + …): valid for every mechanism, and far above."""
     rows, sigma, rate, steps = 3, 4.0, 0.02, 500
     one, delta = 0.0, 0.0
-    for delta_of_one in (1e-12, 1e-9, 1e-6):
+    for delta_of_one in (1e-10, 1e-8, 1e-6):
         one = accounting.pld_epsilon(sigma, rate, steps, delta_of_one)
         delta = delta_of_one * sum(math.exp(index * one) for index in range(rows))
         certified = accounting.epsilon(sigma, rate, steps, delta, rows)
@@ -172,13 +245,13 @@ def test_all_rows_in_every_step_are_one_row_of_their_number() -> None:
         )
 
 
-@pytest.mark.parametrize(("sigma", "rate", "steps"), [(1.0, 0.02048, 2441), (4.0, 0.5, 50), (0.7, 0.001, 1000)])
+@pytest.mark.parametrize(("sigma", "rate", "steps"), [(1.0, 0.02048, 2441), (4.0, 0.5, 50), (0.6, 0.002, 4000)])
 def test_the_mixture_of_one_row_is_what_opacus_computes(sigma: float, rate: float, steps: int) -> None:
-    ours = units.prv_epsilon(sigma, rate, steps, 1e-5, 1, epsilon_error=0.01)
-    assert ours == pytest.approx(accounting.prv_epsilon(sigma, rate, steps, 1e-5), abs=1e-3)
+    ours = units.prv_epsilon(sigma, rate, steps, 1e-5, 1, epsilon_error=0.01, most_points=1 << 20)
+    assert ours == pytest.approx(accounting.prv_epsilon(sigma, rate, steps, 1e-5), rel=5e-3)
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(
     rows=st.integers(1, 8), sigma=st.floats(6.0, 40.0), rate=st.floats(0.002, 0.1), steps=st.integers(1, 400),
     factor=st.floats(1.05, 1.5),
@@ -187,7 +260,7 @@ def test_more_rows_more_often_more_steps_and_less_noise_cost_more(
     rows: int, sigma: float, rate: float, steps: int, factor: float
 ) -> None:
     base = accounting.epsilon(sigma, rate, steps, 1e-6, rows)
-    rounding = 2e-3 * (1.0 + base)
+    rounding = 1e-3 + 0.02 * base
     for worse in (
         accounting.epsilon(sigma, rate, steps, 1e-6, rows + 1),
         accounting.epsilon(sigma / factor, rate, steps, 1e-6, rows),

@@ -1,6 +1,6 @@
 """What is certified about the privacy of a run that has done all of its steps, for the provenance of its model.
 
-Guarantees: epsilon is the authority's own figure, of the steps that it has on record; both accountants' are told
+Guarantees: epsilon is the authority's own figure, of the steps that it has on record; each accountant's is told
 beside it, and what they assume, in words. What the worker saw in its audits is taken as it told it, within limits;
 what that means is computed here. A run that its audits falsify gets no certificate.
 """
@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from cloister.authority.costs import accounts, settle
+from cloister.authority.costs import accounts, replacing, settle
 from cloister.errors import IntegrityError
 from cloister.privacy.auditing import AuditReport, Guesses, MechanismAudit, one_run_audit
 
@@ -32,6 +32,7 @@ def privacy_of(run: Any, seen: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "epsilon": epsilon, "delta": delta, "steps": run.steps_committed,
         "redone_steps": run.steps_committed - run.plan["steps"], "attempts": run.attempt, "plan": run.plan,
+        "epsilon_replacing": replacing(run.plan, run.steps_committed),
         "accountants": accounts(run.plan, run.steps_committed), "assumptions": _assumptions(run.plan),
         "audit": report.to_dict(),
     }  # fmt: skip
@@ -51,7 +52,8 @@ def _report(plan: Mapping[str, Any], epsilon: float, seen: Mapping[str, Any]) ->
 def _assumptions(plan: Mapping[str, Any]) -> list[str]:
     unit = f"one unit of at most {plan.get('rows_per_unit', 1):,} row(s)"
     return [
-        f"Data sets that differ by adding or removing {unit} are neighbours; the number of rows is public.",
+        f"Epsilon bounds what can be told of whether {unit} is in the data; the number of rows is public.",
+        "Where it is known to be there, and only its values are hidden, epsilon is larger: of a row that is replaced.",
         "Each row is in each batch independently with the same probability, and an empty batch is a step.",
         "Each step adds fresh Gaussian noise, from a cryptographic generator whose keys are stored nowhere.",
         "A row adds a gradient of at most the clipping norm; the average is by the expected size of a batch.",

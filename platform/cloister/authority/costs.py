@@ -1,12 +1,13 @@
 """What a run costs: its plan before, and what its committed steps have come to after.
 
-Guarantees: epsilon is what both accountants say of all the steps, those that were run again too, and never less; no
+Guarantees: epsilon is what is certified of all the steps, those that were run again too, and never less; no
 step costs less than it did before; accounting takes a core for seconds, so one is done at a time and its results are
 kept, and whoever asks for a new one is not within a transaction.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Mapping
 from functools import lru_cache
@@ -15,14 +16,15 @@ from typing import Any
 from cloister.datasets.manifest import DatasetManifest
 from cloister.datasets.schema import DatasetSchema
 from cloister.errors import InputError, UnavailableError
+from cloister.privacy import accounting
 from cloister.privacy.plan import BLOCK_STEPS, PrivacyPlan, make_plan, planned_steps
 from cloister.privacy.spec import TrainingSpec
 
-# Accounting takes a core for seconds and up to a gigabyte: one at a time, whoever asks.
+# Accounting takes a core for up to ten seconds, and up to a gigabyte: one at a time, whoever asks.
 _ACCOUNTING = threading.Lock()
 _PLANS = threading.BoundedSemaphore(4)  # who waits for a plan holds a thread of the server's
 EVALUATION_EPSILON = 1.0
-MAX_STEPS = 50_000  # accounting for this many takes about 20 s of a core, inside one request
+MAX_STEPS = 50_000  # accounting for this many takes up to 10 s of a core, inside one request
 
 
 def plan_for(spec: TrainingSpec, manifest: DatasetManifest) -> PrivacyPlan:
@@ -74,6 +76,31 @@ def accounts(plan: dict[str, Any], steps: int) -> dict[str, float]:
         return dict(_accounts_after(PrivacyPlan.from_dict(plan), steps))
 
 
+def replacing(plan: dict[str, Any], steps: int) -> float | None:
+    """The epsilon of `steps` steps of a plan for a row that is replaced by another; None for units of several rows."""
+    known = PrivacyPlan.from_dict(plan)
+    if known.rows_per_unit > 1:
+        return None
+    return accounting.replacing_epsilon(known.noise_multiplier, known.sample_rate, steps, known.delta)
+
+
+def for_rows(run: Any, rows: int) -> tuple[float, float]:
+    """What holds for `rows` rows together of a run that has ended, whose unit is one row: (epsilon, delta), and delta 1
+    where nothing is known to.
+
+    By PRV for units of so many rows, which alone is quick: it is asked within a transaction. What was held out costs an
+    evaluation, and less than what was trained on.
+    """
+    plan, steps = PrivacyPlan.from_dict(run.plan), int(run.steps_committed)
+    one, delta = float(run.epsilon_charged), float(run.delta_charged)
+    if rows == 1 or steps == 0:
+        return one, delta
+    together = accounting.prv_of_unit(plan.noise_multiplier, plan.sample_rate, steps, delta, rows, near=rows * one)
+    if math.isinf(together):
+        return rows * one, 1.0
+    return max(together, rows * evaluation_epsilon(run.plan)), delta
+
+
 def evaluation_epsilon(plan: dict[str, Any]) -> float:
     """The epsilon of publishing the holdout accuracy. No unit is trained on too, so it composes in parallel."""
     return min(EVALUATION_EPSILON, float(plan["epsilon"]))
@@ -90,7 +117,7 @@ def settle(plan: dict[str, Any], steps: int) -> tuple[float, float]:
     whole = max(known.epsilon_certified, evaluation_epsilon(plan))
     if steps == known.steps:
         return whole, known.delta
-    epsilon = max(accounts(plan, steps).values())
+    epsilon = accounting.certified(accounts(plan, steps))
     # Two accountants on two grids: fewer steps never cost more, whatever their last digits say.
     if steps < known.steps:
         return min(epsilon, known.epsilon), known.delta

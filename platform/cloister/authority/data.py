@@ -64,6 +64,7 @@ class Datasets:
 
         Raises:
             BudgetError: less than what is spent or held already.
+            InputError: outside its range, or a delta that protects no row.
             ApprovalMissingError: more than it was, and not enough others agreed; names the request.
         """
         with self._core.action(caller, "budget:set", epsilon=epsilon, delta=delta) as act:
@@ -74,6 +75,11 @@ class Datasets:
             if not (0 < epsilon <= 100 and 0 < delta < 1e-2):
                 raise InputError(
                     "a budget has 0 < epsilon <= 100 and 0 < delta < 0.01", "see `cloister budget set --help`"
+                )
+            if delta * last.rows >= 1.0:
+                raise InputError(
+                    "delta is at least 1/rows, which allows publishing a row outright",
+                    f"choose delta below {0.99 / last.rows:.1e}",
                 )
             charged = charged_so_far(act.connection, name)
             if epsilon * (1 + 1e-9) < charged[0] or delta * (1 + 1e-9) < charged[1]:  # sums of decimal fractions

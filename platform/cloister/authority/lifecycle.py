@@ -28,6 +28,7 @@ from sqlalchemy import Connection, delete, func, insert, select, update
 from cloister.authority import resources
 from cloister.authority.approvals import Approvals
 from cloister.authority.core import Action, Caller, Core
+from cloister.authority.costs import for_rows
 from cloister.authority.custody import Custody
 from cloister.authority.data import BATCH, day, files_by_version, latest, live_versions, load, require_live
 from cloister.authority.key_use import dataset_key
@@ -46,7 +47,6 @@ from cloister.datasets.erasure import (
     Together,
     TrainedModel,
     advice,
-    group_bound,
 )
 from cloister.datasets.manifest import DatasetManifest, SealedFile, parse_reference
 from cloister.errors import ConflictError
@@ -354,6 +354,7 @@ def _flag(
             runs.c.epsilon_charged,
             runs.c.delta_charged,
             runs.c.plan,
+            runs.c.steps_committed,
             datasets.c.schema,
             runs.c.version.label("trained_on"),
         )
@@ -371,7 +372,10 @@ def _flag(
         # Where a row is the unit, somebody may have had several, for all of which together less holds.
         by_row = row.schema.get("unit", "row") == "row"
         rows = removed.get(row.trained_on) if by_row else None
-        subject = group_bound(epsilon, delta, rows) if rows else None
+        subject = None
+        if rows:
+            epsilon, delta = for_rows(row, rows)
+            subject = Bound(rows=rows, epsilon=epsilon, delta=delta)
         flagged.append(
             TrainedModel(
                 model=f"{row.name}@{row.version}", run=row.run, production=row.stage == "production", unit=unit,

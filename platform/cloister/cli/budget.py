@@ -24,7 +24,7 @@ def budget() -> None:
 @budget.command(name="set")
 @click.argument("dataset", type=NAME)
 @click.option("--epsilon", type=float, required=True, help="Total over all runs, at most 100.")
-@click.option("--delta", type=float, required=True, help="Total over all runs, below 0.01.")
+@click.option("--delta", type=float, required=True, help="Total over all runs, below 0.01 and one in as many rows.")
 @common
 def set_(context: Context, dataset: str, epsilon: float, delta: float) -> None:
     """Set the total that all runs on DATASET (all versions) may spend. More than before takes approval."""

@@ -55,7 +55,8 @@ def show(context: Context, name: str) -> None:
         "model": shown["model"], "stage": shown["stage"], "author": shown["author"], "run": shown["run"],
         "dataset": f"{made['dataset']['name']} ({made['dataset']['digest'][:23]}…)",
         "privacy": f"epsilon {made['privacy']['epsilon']:.4f}, delta {made['privacy']['delta']:g} "
-                   f"for a unit of at most {made['privacy']['plan'].get('rows_per_unit', 1):,} row(s)",
+                   f"for a unit of at most {made['privacy']['plan'].get('rows_per_unit', 1):,} row(s)"
+                   + _replaced(made["privacy"]),
         "accuracy": f"{metrics['holdout_accuracy']:.4f} on {metrics['holdout_rows']:.0f} holdout rows "
                     f"(itself epsilon {metrics['evaluation_epsilon']:g})",
         **_proof(made["privacy"], made["spec"]["privacy"].get("engine", "bookkeeping")),
@@ -80,6 +81,11 @@ def made_from(shown: dict[str, Any]) -> dict[str, Any]:
     return predicate
 
 
+def _replaced(privacy: dict[str, Any]) -> str:
+    replacing = privacy.get("epsilon_replacing")
+    return "" if replacing is None else f", and epsilon {replacing:.4f} for a row that is replaced by another"
+
+
 def _proof(privacy: dict[str, Any], engine: str) -> dict[str, str]:
     """How its epsilon was computed and attacked; nothing of models of before that was told."""
     if "audit" not in privacy:
@@ -88,7 +94,9 @@ def _proof(privacy: dict[str, Any], engine: str) -> dict[str, str]:
     step, run = audit["mechanism"], audit["one_run"]
     return {
         "engine": engine,
-        "accountants": f"PRV {accounts['prv']:.4f}, PLD {accounts['pld']:.4f}; the larger counts",
+        "accountants": f"PRV {accounts['prv']:.4f}, PLD {accounts['pld']:.4f}; the larger counts" + (
+            f", or RDP's {accounts['rdp']:.4f} where it is less" if "rdp" in accounts else ""
+        ),
         "audit": f"{audit['verdict']}",
         "  of the steps": f"an attack shows epsilon {step['epsilon_lower_bound']:.4f} at least, {step['ratio']:.0%} of "
                           f"what the plan says ({100 * step['confidence']:g} % sure)",

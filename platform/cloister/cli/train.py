@@ -53,7 +53,8 @@ def plan(context: Context, spec: Path) -> None:
         "columns": shown["columns"],
         "epsilon": f"{p['epsilon']:g} (certified {p['epsilon_certified']:.4f}) at delta {p['delta']:g}",
         "if workers die": f"at most epsilon {p['epsilon_at_most']:.4f}, for up to {p['redo_steps']:,} steps again",
-        "protects": output.unit(shown["unit"]),
+        "protects": f"{output.unit(shown['unit'])}: whether it is in the data at all",
+        **_replaced(p),
         "noise multiplier": p["noise_multiplier"],
         "steps": f"{p['steps']} at sample rate {p['sample_rate']:.5f}, clipping norm {p['max_grad_norm']:g}",
         "budget": f"epsilon {shown['budget_before']:.3f} before, {shown['budget_after']:.3f} after",
@@ -61,6 +62,13 @@ def plan(context: Context, spec: Path) -> None:
         "approvals": approvals,
     })  # fmt: skip
     output.say("No data was touched." + (f" Next: cloister train submit {spec}" if shown["affordable"] else ""))
+
+
+def _replaced(plan: dict[str, Any]) -> dict[str, str]:
+    replacing = plan.get("epsilon_replacing")
+    return (
+        {} if replacing is None else {"  which values it has": f"epsilon {replacing:.4f}, where it is known to be in"}
+    )
 
 
 @train.command()

@@ -8,7 +8,6 @@ did with what it held.
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, ValidationError
@@ -151,14 +150,6 @@ class Erasure(_Facts):
 def subject_digest(erasure: Erasure) -> str:
     """Hex SHA-256 of what is gone: the subject that a certificate's statement is about."""
     return sha256_hex(canonical_json([file.model_dump(mode="json") for file in erasure.files]))
-
-
-def group_bound(epsilon: float, delta: float, rows: int) -> Bound:
-    """What holds for `rows` rows where (epsilon, delta) holds for one (Dwork and Roth 2014, theorem 2.2 and its lemma
-    for delta > 0): k epsilon, and k e**((k - 1) epsilon) delta."""
-    exponent = (rows - 1) * epsilon
-    grown = 1.0 if exponent > 700 else min(1.0, rows * math.exp(exponent) * delta)
-    return Bound(rows=rows, epsilon=float(rows * epsilon), delta=float(grown))
 
 
 def advice(unit: Bound, subject: Bound | None) -> Literal["retrain", "review"]:

@@ -1,10 +1,14 @@
-"""Privacy: DP-SGD in parts that do not know each other. `plan` alone couples them.
+"""Privacy: DP-SGD in parts that do not know each other. `plan` couples what is decided, `mechanism` what is done.
 
+spec         what an engineer asks for
+plan         the privacy of one run, decided before it touches data
+accounting   what it costs, by two accountants and a bound; of several rows of a person too (`units`)
+mechanism    sampler, clipping and noise of a plan, on one rank
 keystream    the random bytes: ChaCha20 streams under keys that exist once
 sampling     Poisson sampling of rows
-clipping     per-row clipped gradients
+clipping     per-row clipped gradients, and `opacus_engine`, the second engine
+microbatch   rows that do not depend on each other, tried on the device
+grid         sums and noise in whole units; `blocks` of rows
 noise        Gaussian noise
-accounting   what it costs, by two accountants
-plan         the privacy of one run, decided before it touches data
-spec         what an engineer asks for
+auditing     what attacks on a run tell of its epsilon
 """

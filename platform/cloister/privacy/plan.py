@@ -1,7 +1,7 @@
 """The privacy of one training run, decided before it touches data.
 
-Guarantees: `make_plan` is the one place that couples sampling, clipping, noise and accounting; the plan that it
-returns was certified by both accountants at or below the target epsilon; every field is public (the number of
+Guarantees: `make_plan` is the one place that couples sampling, clipping, noise and accounting; there is no plan that
+is certified above its target; every field is public (the number of
 training rows is declared public), so a plan may be approved, logged and signed. Averages divide by the public
 `sample_rate * rows`, never by a realised batch size, which is private.
 
@@ -41,6 +41,9 @@ class PrivacyPlan:
     """How many steps may be run again, over all attempts."""
     epsilon_at_most: float = 0.0
     """The certified epsilon of `steps + redo_steps`; never below `epsilon`."""
+    epsilon_replacing: float | None = None
+    """What holds of a row that is replaced by another, where epsilon holds of one that is there or not. None where a
+    unit has several rows."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.sample_rate <= 1.0:
@@ -52,6 +55,8 @@ class PrivacyPlan:
                 "the clipping norm is finite and positive, and the noise multiplier finite and not negative",
                 "make the plan again",
             )
+        if not self.epsilon_certified <= self.epsilon:  # no number is refused too
+            raise InputError("the plan costs more than its epsilon", "make the plan again")
         if self.redo_steps < 0 or not math.isfinite(self.epsilon_at_most):
             raise InputError("the steps that may be run again, and what they cost, are finite", "make the plan again")
         object.__setattr__(self, "epsilon_at_most", max(self.epsilon_at_most, self.epsilon))
@@ -81,10 +86,13 @@ class PrivacyPlan:
             InputError: a field is missing, unknown or of the wrong type.
         """
         # Plans of before there were units, and retries, have none.
-        plan = {"rows_per_unit": 1, "redo_steps": 0, "epsilon_at_most": values.get("epsilon"), **values}
+        plan = {"rows_per_unit": 1, "redo_steps": 0, "epsilon_at_most": values.get("epsilon"),
+                "epsilon_replacing": None, **values}  # fmt: skip
         if set(plan) != {field.name for field in fields(cls)}:
             raise InputError("this is not a privacy plan", "make the plan again with `cloister train plan`")
         for name, value in plan.items():
+            if value is None and name == "epsilon_replacing":
+                continue
             whole = name in ("steps", "rows", "rows_per_unit", "redo_steps")
             if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
                 raise InputError(f"field '{name}' of the privacy plan has the wrong type", "make the plan again")
@@ -121,10 +129,7 @@ def make_plan(
         )
     sample_rate = expected_batch_size / rows
     steps = planned_steps(epochs, expected_batch_size, rows)
-    try:
-        noise_multiplier = accounting.noise_multiplier_for(epsilon, delta, sample_rate, steps, rows_per_unit)
-    except ValueError as error:
-        raise InputError("no amount of noise reaches this epsilon", "raise epsilon or lower epochs") from error
+    noise_multiplier = accounting.noise_multiplier_for(epsilon, delta, sample_rate, steps, rows_per_unit)
     return PrivacyPlan(
         epsilon=epsilon,
         delta=delta,
@@ -137,6 +142,9 @@ def make_plan(
         rows_per_unit=rows_per_unit,
         redo_steps=redo_steps,
         epsilon_at_most=accounting.epsilon(noise_multiplier, sample_rate, steps + redo_steps, delta, rows_per_unit),
+        epsilon_replacing=(
+            accounting.replacing_epsilon(noise_multiplier, sample_rate, steps, delta) if rows_per_unit == 1 else None
+        ),
     )
 
 

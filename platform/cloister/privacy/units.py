@@ -33,6 +33,8 @@ Floats = npt.NDArray[np.float64]
 _NEGLIGIBLE = 1e-20
 _REACH = 12.0  # standard deviations; beyond lies 2e-33
 _NODES_PER_SIGMA = 200
+FARTHEST = 700.0
+"""Losses up to which Opacus can tell an epsilon: it takes their exponentials."""
 _RATES = np.logspace(-3, 3, 40)  # of Chernoff's bound: the best of them is near enough
 
 
@@ -50,23 +52,35 @@ def sensitivities(rows_per_unit: int, sample_rate: float) -> tuple[list[float], 
 
 
 def prv_epsilon(
-    noise_multiplier: float, sample_rate: float, steps: int, delta: float, rows_per_unit: int, epsilon_error: float
-) -> float:
-    """The larger upper end of adding and of removing one unit. Not negative."""
+    noise_multiplier: float, sample_rate: float, steps: int, delta: float, rows_per_unit: int, epsilon_error: float,
+    most_points: int,
+) -> float:  # fmt: skip
+    """The larger upper end of adding and of removing one unit. Not negative.
+
+    The error is larger than `epsilon_error` where that would take more than `most_points`.
+    """
     from opacus.accountants.analysis.prv import Domain, compose_heterogeneous, discretize
 
     delta_error = delta / 1000  # Opacus's choice
-    mesh = epsilon_error / math.sqrt(steps * math.log(12 / delta_error) / 2)
     ends = [0.0]
     for removed in (True, False):
         loss = _Loss(noise_multiplier, *sensitivities(rows_per_unit, sample_rate), removed=removed)
         reach = max(loss.reach(steps, delta_error / 8), loss.reach(1, delta_error / (8 * steps)), epsilon_error) + 1.0
+        if reach > FARTHEST:
+            return math.inf
+        error = max(epsilon_error, 2 * reach * points_per_error(steps, delta_error) / most_points)
+        mesh = error / points_per_error(steps, delta_error)
         # As many points as make a fast Fourier transform, and half a step of reserve for rounding.
         reach = (next_fast_len(math.ceil(reach / mesh) + 1, real=True) - 1) * mesh
         one: Any = discretize(loss, Domain.create_aligned(mesh / 2 - reach, reach - mesh / 2, mesh))
-        _, _, upper = compose_heterogeneous([one], [steps]).compute_epsilon(delta, delta_error, epsilon_error)
+        _, _, upper = compose_heterogeneous([one], [steps]).compute_epsilon(delta, delta_error, error)
         ends.append(float(upper))
     return max(ends)
+
+
+def points_per_error(steps: int, delta_error: float) -> float:
+    """How many points of the grid there are in the error of epsilon (Gopi et al., section 5)."""
+    return math.sqrt(steps * math.log(12 / delta_error) / 2)
 
 
 class _Loss:
