@@ -21,6 +21,7 @@ from cloister.privacy.engines import clipping_engine
 from cloister.privacy.gradients import CANCELLED, Products
 from cloister.privacy.grid import NORMS, SLACK, Grid
 from cloister.privacy.mechanism import Mechanism
+from cloister.privacy.opacus_engine import OpacusGradients
 from cloister.privacy.plan import PrivacyPlan
 
 torch.set_num_threads(1)
@@ -276,6 +277,16 @@ def test_functions_that_compute_the_last_elements_otherwise(width: int) -> None:
     clipped = BookkeepingGradients(model, Grid.of(1.0, 64), ClippingOptions(microbatch_rows=16))
     clipped.ranges(torch.rand(40, 8), torch.randint(0, 2, (40,)))
     assert clipped._step * width % 32 == 0
+
+
+def test_norms_of_many_parameters_do_not_depend_on_how_many_rows_there_are() -> None:
+    """The order in which `torch.sum` adds up seven squares or more does."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(4)])
+    clipped = OpacusGradients(model, Grid.of(1.0, 64))
+    x, y = torch.rand(256, 8), torch.randint(0, 8, (256,))
+    squares_B = clipped._gradients(x, y)[1]
+    assert all(torch.equal(clipped._gradients(x[:rows], y[:rows])[1], squares_B[:rows]) for rows in range(4, 256, 4))
 
 
 class Columns(nn.Module):

@@ -80,6 +80,9 @@ BUGS = (
         "    if len(x) < rows:\n"
         "        x, y = (torch.cat([t, t[:1].expand(rows - len(t), *t.shape[1:])]) for t in (x, y))\n",
         ONE_ROW, "begin"),
+    Bug("squares in an order that follows the rows", "privacy/gradients.py",
+        "    return functools.reduce(torch.add, parts)\n", "    return torch.stack(list(parts)).sum(0)\n", ONE_ROW,
+        "many_parameters"),
     Bug("sums in the order of memory", "privacy/layers.py", "a.contiguous(), use.g.contiguous()", "a, use.g",
         ONE_ROW, "time_first or not_finite"),
     Bug("a device is tried with the weights at hand", "privacy/microbatch.py",

@@ -40,7 +40,7 @@ from torch import nn
 
 from cloister.errors import InputError, IntegrityError
 from cloister.privacy.blocks import Blocks, ranges_for, spread
-from cloister.privacy.gradients import CANCELLED, RowGradients, Tied
+from cloister.privacy.gradients import CANCELLED, RowGradients, Slices, Tied, added_up
 from cloister.privacy.grid import MOST_ROWS, Grid
 from cloister.privacy.layers import RULES, Use, row_gradients, trains, unsupported_option
 from cloister.privacy.microbatch import (
@@ -208,7 +208,7 @@ class BookkeepingGradients:
             part.view(shape)
             for part, shape in zip(torch.split(total_P, self._parameters.sizes), self._parameters.shapes, strict=True)
         ]
-        # A compiled microbatch is summed as a whole: it is one block.
+        # A compiled microbatch is summed as a whole: it is no larger than the smallest block, and is one.
         together = 0 if self._options.compiled else self._rows
         for microbatch in blocks.microbatches(together, self._block_rows):
             start, stop = microbatch[0][0], microbatch[-1][1]
@@ -294,7 +294,7 @@ class BookkeepingGradients:
     def _add_compiled(
         self, parts: list[torch.Tensor], x: torch.Tensor, y: torch.Tensor, mask_B: torch.Tensor, _blocks: Slices
     ) -> None:
-        """A microbatch is no larger than the smallest block, so it is one. Others take the places of bad rows."""
+        """Others take the places of bad rows."""
         for _ in range(_REPLACEMENTS):
             sums, losses_B, squares_BM = self._graph(x, y, mask_B)
             finite_B = torch.isfinite(losses_B) & torch.isfinite(squares_BM).all(1)
@@ -413,9 +413,6 @@ class _Weighed(NamedTuple):
     squares: torch.Tensor
 
 
-Slices = Callable[[int], list[slice]]
-
-
 class _Parameters:
     """The trainable parameters in the order of the flat vector, and which layer each belongs to; tied ones once."""
 
@@ -478,12 +475,12 @@ class _Parameters:
 
     def norms_of_layers(self, squares: list[tuple[int, torch.Tensor]], *, whole: bool) -> torch.Tensor:
         """[L, B], or [1, B] of all layers together."""
-        # One after the other: `sum` adds up in an order that depends on how many rows there are.
-        layers: list[torch.Tensor] = [torch.zeros_like(squares[0][1])] * (1 if whole else self.layers)
-        for layer, value_B in squares:
-            place = 0 if whole else layer
-            layers[place] = layers[place] + value_B
-        return torch.stack(layers).sqrt()
+        none_B = torch.zeros_like(squares[0][1])  # a layer may have had no part in the forward pass
+        groups = [
+            [value_B for layer, value_B in squares if whole or layer == number]
+            for number in range(1 if whole else self.layers)
+        ]
+        return torch.stack([added_up([none_B, *group]) for group in groups]).sqrt()
 
 
 def _changed_in_place(name: str) -> InputError:

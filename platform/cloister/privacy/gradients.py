@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -36,7 +36,7 @@ from cloister.privacy.grid import MOST_ROWS, Block, Grid
 from cloister.privacy.products import product
 
 ALL = slice(None)
-Blocks = Callable[[int], list[slice]]
+Slices = Callable[[int], list[slice]]
 """Of the rows of a microbatch, those that are summed up together, where at most so many are."""
 # Of float32 products of vectors of thousands of elements, 1e-5 of the scale are rounding: 1e-4 of such a norm.
 CANCELLED = 0.05
@@ -79,7 +79,7 @@ class RowGradients(Protocol):
     def weighted_sum(self, weights_B: torch.Tensor, rows: slice = ALL) -> torch.Tensor:
         """The sum over these rows, each times its weight, float32, in the shape of the parameter, and not kept."""
 
-    def add_weighted(self, weights_B: torch.Tensor, total: torch.Tensor, grid: Grid, blocks: Blocks) -> None:
+    def add_weighted(self, weights_B: torch.Tensor, total: torch.Tensor, grid: Grid, blocks: Slices) -> None:
         """Add all rows, each times its weight, to a float64 total: exactly, once their blocks are on the grid."""
 
     def instantiate(self) -> torch.Tensor:
@@ -101,7 +101,7 @@ class _InBlocks:
     def weighted_sum(self, weights_B: torch.Tensor, rows: slice = ALL) -> torch.Tensor:
         raise NotImplementedError
 
-    def add_weighted(self, weights_B: torch.Tensor, total: torch.Tensor, grid: Grid, blocks: Blocks) -> None:
+    def add_weighted(self, weights_B: torch.Tensor, total: torch.Tensor, grid: Grid, blocks: Slices) -> None:
         for rows in blocks(self.rows_at_once()):
             grid.add(total, self.weighted_sum(weights_B, rows))
 
@@ -238,7 +238,7 @@ class Lookups:
         weighted_BTD = self.added()[rows] * weights_B[rows, None, None]
         return sum_VD.index_add_(0, self.id_BT[rows].flatten(), weighted_BTD.flatten(0, 1))
 
-    def add_weighted(self, weights_B: torch.Tensor, total: torch.Tensor, grid: Grid, blocks: Blocks) -> None:  # noqa: ARG002
+    def add_weighted(self, weights_B: torch.Tensor, total: torch.Tensor, grid: Grid, blocks: Slices) -> None:  # noqa: ARG002
         # One number for each id of a row, as for its norm; most of the words have none.
         weighted_BTD = grid.round(self.added() * weights_B[:, None, None])
         total.index_add_(0, self.id_BT.flatten(), weighted_BTD.double().flatten(0, 1), alpha=grid.unit)
@@ -285,18 +285,23 @@ class Tied:
     def weighted_sum(self, weights_B: torch.Tensor, rows: slice = ALL) -> torch.Tensor:
         if self._kept is not None:
             return self._kept.weighted_sum(weights_B, rows)
-        return torch.stack([part.weighted_sum(weights_B, rows) for part in self._parts]).sum(0)
+        return added_up(part.weighted_sum(weights_B, rows) for part in self._parts)
 
-    def add_weighted(self, weights_B: torch.Tensor, total: torch.Tensor, grid: Grid, blocks: Blocks) -> None:
+    def add_weighted(self, weights_B: torch.Tensor, total: torch.Tensor, grid: Grid, blocks: Slices) -> None:
         for part in [self._kept] if self._kept is not None else self._parts:
             part.add_weighted(weights_B, total, grid, blocks)
 
     def instantiate(self) -> torch.Tensor:
-        return torch.stack([part.instantiate() for part in self._parts]).sum(0)
+        return added_up(part.instantiate() for part in self._parts)
 
     def made_of(self) -> list[torch.Tensor]:
         parts: Sequence[RowGradients] = self._parts if self._kept is None else [self._kept]
         return [each for part in parts for each in part.made_of()]
+
+
+def added_up(parts: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Their sum, one after the other: `torch.sum` adds up in an order that depends on how many rows there are."""
+    return functools.reduce(torch.add, parts)
 
 
 def _norms(x_BP: torch.Tensor) -> torch.Tensor:

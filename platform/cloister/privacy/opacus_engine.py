@@ -21,7 +21,7 @@ from torch import nn
 from cloister.errors import InputError
 from cloister.privacy.blocks import Blocks, ranges_for, spread
 from cloister.privacy.clipping import ROUNDING_MARGIN, ClippingOptions, check_layers, row_losses
-from cloister.privacy.gradients import Rows
+from cloister.privacy.gradients import Rows, added_up
 from cloister.privacy.grid import MOST_ROWS, Grid
 from cloister.privacy.layers import trains
 from cloister.privacy.microbatch import align_rows, filled, fitting_step, public_rows, rounded_up, tried
@@ -96,8 +96,8 @@ class OpacusGradients:
                 vars(layer).pop(name, None)
 
     def _add(self, total_P: torch.Tensor, x: torch.Tensor, y: torch.Tensor, mask_B: torch.Tensor) -> None:
-        losses_B, *gradients = self._gradients(x, y)
-        norms_B = torch.stack([Rows(rows).squares().value for rows in gradients]).sum(0).sqrt()
+        losses_B, squares_B, *gradients = self._gradients(x, y)
+        norms_B = squares_B.sqrt()
         finite_B = torch.isfinite(losses_B) & torch.isfinite(norms_B)
         weights_B = mask_B * finite_B * (self._bound / norms_B.clamp_min(self._bound))
         if not bool(finite_B.all()):  # zero times infinity is no zero
@@ -107,7 +107,7 @@ class OpacusGradients:
             self._grid.add(part, Rows(rows).weighted_sum(weights_B))
 
     def _gradients(self, x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
-        """The losses [B], and of each parameter the rows' gradients, [B, its elements]."""
+        """The losses and squared norms, [B] each, and of each parameter the rows' gradients, [B, its elements]."""
         self._clear()
         losses_B = row_losses(self._by_row(x), y)
         with warnings.catch_warnings():
@@ -115,7 +115,7 @@ class OpacusGradients:
             torch.autograd.backward(losses_B.sum())
         found = [_by_row(parameter, len(x)) for parameter in self._parameters]
         self._clear()
-        return [losses_B.detach(), *found]
+        return [losses_B.detach(), added_up(Rows(rows).squares().value for rows in found), *found]
 
     def _public(self, x_ND: torch.Tensor, y_N: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         try:
