@@ -110,7 +110,7 @@ def rows_shorter_than_with_autograd(case: Case) -> int:
     lengths, clipped = rows.norm(dim=1), norms.clamp_max(bound)
     assert float((lengths / clipped).max()) <= 1 + 1e-5
     shorter = int((lengths < clipped * (1 - 1e-5)).sum())
-    everything = BookkeepingGradients(case.model, fine(1e6))
+    everything = BookkeepingGradients(case.model, fine(1e6), FEW)
     assert error(everything(case.x, case.y), unclipped) <= 1e-5
     everything.close()
     if not shorter:

@@ -218,14 +218,13 @@ def test_blocks_of_several_positions_are_small_and_summed_apart(monkeypatch: pyt
     x, y = torch.randint(0, 9, (128, 16)), torch.randint(0, 2, (128,))
     clipped = BookkeepingGradients(model, Grid.of(1.0, 128), ClippingOptions(microbatch_rows=64))
     clipped.ranges(x, y)
-    products = clipped._microbatch(x[:16], y[:16])[1][1]
-    weighted_sum = type(products).weighted_sum
+    weighted_sum = Products.weighted_sum
 
     def seen(self: object, weights: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
         summed.append(len(weights[rows]))
         return weighted_sum(self, weights, rows)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(type(products), "weighted_sum", seen)
+    monkeypatch.setattr(Products, "weighted_sum", seen)
     clipped(x, y)
     assert Block.of(16).rows == 16
     assert sorted(summed)[-3:] != sorted(summed)[:3], "the last layer's blocks are whole microbatches"

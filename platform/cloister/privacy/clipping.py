@@ -46,7 +46,7 @@ from cloister.privacy.layers import RULES, Use, row_gradients, trains, unsupport
 from cloister.privacy.microbatch import (
     align_rows,
     filled,
-    fitting_step,
+    fitting,
     public_rows,
     rounded_up,
     tried,
@@ -228,43 +228,40 @@ class BookkeepingGradients:
             InputError: they do.
         """
         x, y = public_rows(self._model, x_ND, y_N, _FEWEST_ROWS)
-        uses, gradients = self._microbatch(x, y)
+        uses = self._passed(x, y)
+        with torch.no_grad():
+            gradients = self._parameters.gradients(uses)
         row_bytes = sum(t.numel() * t.element_size() for use in uses for t in (use.a, use.output)) / len(x)
         self._several = min((g.rows_at_once() for g in gradients if g is not None), default=MOST_ROWS)
         tape_bytes = max(
             _TAPE_BYTES.get(x.device.type, _TAPE_BYTES["cpu"]), _TAPE_PER_SUM * 4 * sum(self._parameters.sizes)
         )
-        fitting = 1 << max(0, int(tape_bytes / row_bytes).bit_length() - 1)
+        fit = 1 << max(0, int(tape_bytes / row_bytes).bit_length() - 1)
         most = self._several if self._options.compiled else _MOST_ROWS
-        self._rows = min(self._options.microbatch_rows or max(_FEWEST_ROWS, fitting), most)
+        self._rows = min(self._options.microbatch_rows or max(_FEWEST_ROWS, fit), most)
+        self._step = 1
+        if self._options.tried:
+            self._rows, self._step = fitting(
+                self._computed, lambda rows: public_rows(self._model, x_ND, y_N, rows), self._rows,
+                passed=None if self._options.compiled else self._passed,
+            )  # fmt: skip
         # Two blocks a microbatch at least, or many rows would be missing from it.
         self._block_rows = self._rows if self._options.compiled else min(max(1, self._rows // 2), MOST_ROWS)
-        if not self._options.tried:
-            self._step = 1
-            return
-        # What is computed between layers. (A fixed number of rows is tried as it is.)
-        between = [*(use.a for use in uses[1:]), *(use.output for use in uses[:-1])]
-        self._step = fitting_step(
-            self._computed, lambda rows: public_rows(self._model, x_ND, y_N, rows), self._rows,
-            widths=set() if x.is_cuda else {each.numel() // len(each) for each in between},
-            fixed=self._options.compiled,
-        )  # fmt: skip
 
     def _computed(self, x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
         """What is computed of each row, as its gradient follows from it: [B, ...] each."""
         if self._options.compiled:
             return list(self._graph(x, y, torch.ones(len(x), device=x.device))[1:])
-        uses, _ = self._microbatch(x, y)
         ones_B = torch.ones(len(x), device=x.device)
+        uses = self._passed(x, y)
         weighed = self._weigh(uses, torch.zeros_like(ones_B), ones_B)
         parts = [gradients.made_of() for gradients, _ in weighed.gradients if gradients is not None]
         return [weighed.squares, *(each for part in parts for each in part)]
 
-    def _microbatch(self, x: torch.Tensor, y: torch.Tensor) -> tuple[list[Use], list[RowGradients | None]]:
+    def _passed(self, x: torch.Tensor, y: torch.Tensor) -> list[Use]:
         losses_B, uses = self._forward(x, y, torch.ones(len(x), device=x.device))
         self._backward(losses_B, uses)
-        with torch.no_grad():
-            return uses, self._parameters.gradients(uses)
+        return uses
 
     def _add_eager(
         self, parts: list[torch.Tensor], x: torch.Tensor, y: torch.Tensor, mask_B: torch.Tensor, blocks: Slices

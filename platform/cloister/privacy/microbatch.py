@@ -10,10 +10,11 @@ microbatch has memory of its own, filled up with rows of no weight (`filled`) to
 It is tried on random rows and with random weights (`tried`): which kernel computes a number does not depend on numbers,
 but weights of zero hide what comes back through them. Dropout is off meanwhile. Its masks are drawn for each row by
 itself, from a secret seed (`mechanism`): what a row more does to the masks of others, it does to none that is known.
+What random rows do not show at the layers is looked for in each operation (`watching`). Where threads share tensors out
+such that vectors end within one, a microbatch of half the rows is tried.
 
-Not promised: to notice what random numbers hide. Functions such as the sigmoid compute the last elements of a tensor,
-beyond whole vectors, otherwise. Where those are the last of a microbatch, it has as many rows as fill vectors up; where
-a thread's share of a tensor of 32,768 elements or more ends, it may still be so.
+Not promised: to notice what random numbers hide, but in functions of single elements. A compiled microbatch is not
+watched. All holds for the number of threads that there are at the start.
 
 Shapes: N rows of a rank, B rows of a microbatch, D inputs.
 """
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,12 +33,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from cloister.errors import InputError
+from cloister.privacy.watching import Watch, same
 
 # Microbatches have a multiple of one of these rows. Below four, libraries multiply by other kernels; and where rows are
 # no multiples of pairs of vectors, the last elements of a microbatch go through other functions.
 _STEPS = (4, 8, 16, 32)
 _MOST_MULTIPLES = 32  # or to try them takes long
-_VECTORS = 32  # elements: of the widest vectors two, which functions take at once
+_FILLS = 2  # so many are watched at least: where there are fewer, several times, with other rows
+_FEWEST = 8  # rows, where a smaller microbatch is tried in place of one that does not fit
 _DROPOUTS = (
     torch.dropout, functional.dropout, functional.alpha_dropout, functional.dropout1d, functional.dropout2d,
     functional.dropout3d, functional.feature_alpha_dropout,
@@ -127,52 +130,83 @@ class _WithoutDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def fitting_step(
+def fitting(
     computed: Callable[[torch.Tensor, torch.Tensor], Sequence[torch.Tensor]],
-    public: Callable[[int], tuple[torch.Tensor, torch.Tensor]], rows: int, *, widths: Collection[int] = (),
-    fixed: bool = False,
-) -> int:  # fmt: skip
-    """Of what number of rows a microbatch has a multiple, where it has up to so many rows, and others of no weight.
+    public: Callable[[int], tuple[torch.Tensor, torch.Tensor]], rows: int, *,
+    passed: Callable[[torch.Tensor, torch.Tensor], object] | None,
+) -> tuple[int, int]:  # fmt: skip
+    """How many rows a microbatch has at most, and of what number it has a multiple: filled up by others of no weight.
 
-    `computed` gives what is computed of each row, [B, ...]: it has to have the same bits in each place of a microbatch,
-    and at each multiple; `fixed`: at the largest. `public` makes rows for it. Tensors of so many elements a row as
-    `widths` says have whole vectors.
+    What is `computed` of each row, [B, ...] each, has the same bits in each place of a microbatch, and at each
+    multiple. So has what each operation makes of it when rows are `passed` forward and back. Where that is None, all is
+    one graph: a microbatch always has the same number of rows. `public` makes rows to try this with.
 
     Raises:
         InputError: it has not, or nothing is seen of it.
     """
     for step in _STEPS:
-        if rows > _MOST_MULTIPLES * step or any(step * width % _VECTORS for width in widths):
+        if rows > _MOST_MULTIPLES * step:
             continue
         most = rounded_up(rows, step)
-        x, y = public(most)
-        places = torch.arange(most, device=x.device)
-        expected = [each.detach().clone() for each in computed(x, y)]
-        finite_B = torch.stack([torch.isfinite(each.reshape(len(each), -1)).all(1) for each in expected]).all(0)
-        if 2 * int(finite_B.sum()) < most:
-            raise InputError(
-                "with random weights and rows the model's gradients are not finite: this device cannot be tried",
-                "let the model give finite numbers for weights around 0, and inputs of up to 50",
-            )
-
-        def alike(fill: int, shift: int) -> bool:
-            some = places.roll(shift)[:fill]  # noqa: B023 - used within the round
-            found = zip(computed(x[some], y[some]), expected, strict=True)  # noqa: B023
-            return all(_same(got.detach(), each[some]) for got, each in found)
-
-        if fixed and all(alike(most, shift) for shift in (1, 2, 3, most // 2)):
-            return most
-        if not fixed and all(alike(fill, fill // 2 + 1) for fill in range(step, most + 1, step)):
-            return step
+        if passed is None:
+            if _is_alike(computed, *public(most), [(most, shift) for shift in (1, 2, 3, most // 2)]):
+                return rows, most
+            continue
+        fills = [(fill, fill // 2 + 1) for fill in range(step, most + 1, step)]
+        if _is_alike(computed, *public(most), fills) and _is_alike_when_watched(passed, public, most, fills):
+            return rows, step
+    if passed is not None and torch.get_num_threads() > 1 and rows >= 2 * _FEWEST:
+        # Threads share large tensors out, and vectors end where a share does.
+        return fitting(computed, public, rows // 2, passed=passed)
     raise InputError(
         "this device computes a row otherwise when others are beside it, so that one row would show in all",
         "let hidden layers be 8, or 12 or more, wide; keep rows apart; drop numbers by nn.Dropout alone",
     )
 
 
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """To the bit, but for numbers that are none."""
-    return torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
+def _is_alike(
+    computed: Callable[[torch.Tensor, torch.Tensor], Sequence[torch.Tensor]], x: torch.Tensor, y: torch.Tensor,
+    fills: Sequence[tuple[int, int]],
+) -> bool:  # fmt: skip
+    """Whether these rows are computed as together where so many are left of them, in places that are shifted."""
+    places = torch.arange(len(x), device=x.device)
+    expected = [each.detach().clone() for each in computed(x, y)]
+    finite_B = torch.stack([torch.isfinite(each.reshape(len(each), -1)).all(1) for each in expected]).all(0)
+    if 2 * int(finite_B.sum()) < len(x):
+        raise InputError(
+            "with random weights and rows the model's gradients are not finite: this device cannot be tried",
+            "let the model give finite numbers for weights around 0, and inputs of up to 50",
+        )
+    for fill, shift in fills:
+        some = places.roll(shift)[:fill]
+        found = zip(computed(x[some], y[some]), expected, strict=True)
+        if not all(same(got.detach(), each[some]) for got, each in found):
+            return False
+    return True
+
+
+def _is_alike_when_watched(
+    passed: Callable[[torch.Tensor, torch.Tensor], object], public: Callable[[int], tuple[torch.Tensor, torch.Tensor]],
+    most: int, fills: Sequence[tuple[int, int]],
+) -> bool:  # fmt: skip
+    """The same of each operation; several times, with other rows, where there are few fills."""
+    draws = -(-_FILLS // len(fills))
+    x, y = public((draws + 1) * most)
+    places, watch = torch.arange(most, device=x.device), Watch()
+    with watch.learning(2 * most):
+        passed(x[: 2 * most], y[: 2 * most])
+    for draw in range(draws):
+        own_x, own_y = (t[draw * most : (draw + 1) * most] for t in (x, y))
+        with watch.expecting(most):
+            passed(own_x, own_y)
+        for fill, shift in fills:
+            some = places.roll(1 + (shift + draw) % (most - 1))[:fill]
+            some_x, some_y = own_x[some], own_y[some]
+            with watch.comparing(some):
+                passed(some_x, some_y)
+            if not watch.alike:
+                return False
+    return True
 
 
 def rounded_up(rows: int, step: int) -> int:

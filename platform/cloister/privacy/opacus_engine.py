@@ -24,13 +24,12 @@ from cloister.privacy.clipping import ROUNDING_MARGIN, ClippingOptions, check_la
 from cloister.privacy.gradients import Rows, added_up
 from cloister.privacy.grid import MOST_ROWS, Grid
 from cloister.privacy.layers import trains
-from cloister.privacy.microbatch import align_rows, filled, fitting_step, public_rows, rounded_up, tried
+from cloister.privacy.microbatch import align_rows, filled, fitting, public_rows, rounded_up, tried
 from cloister.privacy.products import require_whole_products
 
 # What the gradients of one microbatch may take.
 _GRADIENT_BYTES = 64e6
 _FEWEST_ROWS = 4
-_WHOLE_VECTORS = 32  # rows, whatever their elements are
 # What torch says in every step where hooks see no gradient of the input: of the first layer there is none.
 _NO_INPUT_GRADIENT = "Full backward hook is firing"
 _SUPPORTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
@@ -57,8 +56,8 @@ class OpacusGradients:
         self._bound = grid.bound * (1.0 - ROUNDING_MARGIN)
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._sizes = [parameter.numel() for parameter in self._parameters]
-        fitting = max(_FEWEST_ROWS, int(_GRADIENT_BYTES / (4 * sum(self._sizes))))
-        self._rows = min(options.microbatch_rows or fitting, MOST_ROWS)
+        fit = max(_FEWEST_ROWS, int(_GRADIENT_BYTES / (4 * sum(self._sizes))))
+        self._rows = min(options.microbatch_rows or fit, MOST_ROWS)
         self._step = 0
         self._hooks = align_rows(model)
 
@@ -68,9 +67,8 @@ class OpacusGradients:
                 for name, layer in self._model.named_modules():
                     if trains(layer) and not layer.training:  # Opacus's hooks pass it over
                         raise InputError(f"layer '{name}' is kept out of training mode", "use engine: bookkeeping")
-                widths = {1} if self._rows >= _WHOLE_VECTORS and not x_ND.is_cuda else set()
-                self._step = fitting_step(
-                    self._gradients, lambda rows: self._public(x_ND, y_N, rows), self._rows, widths=widths
+                self._rows, self._step = fitting(
+                    self._gradients, lambda rows: self._public(x_ND, y_N, rows), self._rows, passed=self._passed_alone
                 )
         return ranges_for(self._grid.rows_a_rank, self._rows)
 
@@ -109,13 +107,26 @@ class OpacusGradients:
     def _gradients(self, x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
         """The losses and squared norms, [B] each, and of each parameter the rows' gradients, [B, its elements]."""
         self._clear()
+        losses_B = self._passed(x, y)
+        found = [_by_row(parameter, len(x)) for parameter in self._parameters]
+        self._clear()
+        return [losses_B.detach(), added_up(Rows(rows).squares().value for rows in found), *found]
+
+    def _passed(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         losses_B = row_losses(self._by_row(x), y)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", _NO_INPUT_GRADIENT)
             torch.autograd.backward(losses_B.sum())
-        found = [_by_row(parameter, len(x)) for parameter in self._parameters]
-        self._clear()
-        return [losses_B.detach(), added_up(Rows(rows).squares().value for rows in found), *found]
+        return losses_B
+
+    def _passed_alone(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Without the gradients of rows, which follow from what is passed and are many."""
+        self._by_row.disable_hooks()
+        try:
+            self._passed(x, y)
+        finally:
+            self._by_row.enable_hooks()
+            self._clear()
 
     def _public(self, x_ND: torch.Tensor, y_N: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         try:
