@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import clinic
 from authority_world import CODE, Person, World, training_spec
+from cloister.authority.costs import evaluation_epsilon, for_rows
 from cloister.canonical import unb64
 from cloister.privacy import accounting
+from cloister.privacy.plan import make_plan
 
 SPEC: dict[str, Any] = {
     "name": "clinic", "dataset": "clinic@1", "label": "ill", "features": ["age", "city"],
@@ -37,6 +40,28 @@ def test_a_plan_says_whom_it_protects_and_its_noise_is_for_all_of_their_rows(cli
     known = plan["noise_multiplier"], plan["sample_rate"], plan["steps"], plan["delta"]
     assert plan["epsilon_certified"] == accounting.epsilon(*known, MAX_ROWS) <= 3.0
     assert accounting.epsilon(*known) < 1.5, "noise for one row would do with far less"
+
+
+def test_rows_that_were_trained_on_and_held_out_cost_both() -> None:
+    """A group of rows may lie on both sides, and an evaluation is then on top: the sum, and not the larger of both.
+
+    Their epsilon for five rows at epsilon 3 was said to be 15, at delta 1.
+    """
+    plan = make_plan(epsilon=3.0, delta=1e-5, max_grad_norm=1.0, epochs=20, expected_batch_size=1024, rows=26_049)
+    run = SimpleNamespace(
+        plan=plan.to_dict(), steps_committed=plan.steps, epsilon_charged=plan.epsilon_certified, delta_charged=1e-5
+    )
+    mechanism = plan.noise_multiplier, plan.sample_rate, plan.steps, plan.delta
+    one, five = plan.epsilon_certified, accounting.prv_epsilon(*mechanism, 5)
+    evaluation = evaluation_epsilon(run.plan)
+    assert five == pytest.approx(20.9, abs=0.2)
+    for (trained, held_out), expected in {
+        (1, 0): one, (0, 1): one, (0, 4): 4 * evaluation, (1, 1): one + evaluation, (5, 0): five,
+        (5, 3): five + 3 * evaluation,
+    }.items():  # fmt: skip
+        assert for_rows(run, trained, held_out) == (pytest.approx(expected, rel=0.01), 1e-5)
+    for many in (300, 10_000):
+        assert for_rows(run, many, 0) == (many * one, 1.0), "what no accountant can tell is no bound"
 
 
 def test_the_unit_is_approved_charged_and_in_the_provenance(clinic_world: World) -> None:

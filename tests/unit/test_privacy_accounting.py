@@ -92,6 +92,8 @@ def test_replacing_a_row_costs_more_than_adding_it_and_less_than_twice(plan: Pri
     """The figure beside a plan's epsilon. One step is integrated by brute force."""
     assert plan.epsilon_replacing == pytest.approx(5.48, abs=0.01)
     assert plan.epsilon < plan.epsilon_replacing < 2 * plan.epsilon
+    rare = 0.5, 1e-5, 50_000, 1e-7  # by one accountant alone, replacing would be less
+    assert accounting.replacing_epsilon(*rare) >= accounting.epsilon(*rare)
     sigma, rate, delta = 1.5, 0.1, 1e-5
     stated = accounting.replacing_epsilon(sigma, rate, 1, delta)
     x = np.linspace(-15 * sigma, 15 * sigma, 400_001)
@@ -129,6 +131,16 @@ def test_the_bound_does_not_depend_on_which_accountant_is_right() -> None:
         prv = accounting.prv_epsilon(sigma, rate, steps, 1e-6)
         pld = accounting.pld_epsilon(sigma, rate, steps, 1e-6)
         assert abs(prv - pld) < 0.03, "two independent implementations must agree"
+
+
+def test_an_account_that_is_no_number_is_no_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a number and one that is none, `max` and `min` say the one that comes first."""
+    for answers in itertools.permutations((1.0, math.nan, math.nan)):
+        names = ("prv_epsilon", "pld_epsilon", "rdp_epsilon")
+        for name, answer in zip(names, answers, strict=True):
+            monkeypatch.setattr(accounting, name, lambda *_, answer=answer: answer)
+        expected = answers[2] if not math.isnan(answers[2]) else math.inf
+        assert accounting.epsilon(1.0, 0.01, 10, 1e-5) == expected
 
 
 def test_no_noise_is_no_privacy_and_no_step_costs_nothing() -> None:

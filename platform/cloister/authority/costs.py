@@ -23,6 +23,7 @@ from cloister.privacy.spec import TrainingSpec
 # Accounting takes a core for up to ten seconds, and up to a gigabyte: one at a time, whoever asks.
 _ACCOUNTING = threading.Lock()
 _PLANS = threading.BoundedSemaphore(4)  # who waits for a plan holds a thread of the server's
+_MOST_ROWS = 1000  # of a person
 EVALUATION_EPSILON = 1.0
 MAX_STEPS = 50_000  # accounting for this many takes up to 10 s of a core, inside one request
 
@@ -84,21 +85,24 @@ def replacing(plan: dict[str, Any], steps: int) -> float | None:
     return accounting.replacing_epsilon(known.noise_multiplier, known.sample_rate, steps, known.delta)
 
 
-def for_rows(run: Any, rows: int) -> tuple[float, float]:
-    """What holds for `rows` rows together of a run that has ended, whose unit is one row: (epsilon, delta), and delta 1
+def for_rows(run: Any, trained: int, held_out: int) -> tuple[float, float]:
+    """What holds for so many rows together of a run that has ended, whose unit is one row: (epsilon, delta); delta is 1
     where nothing is known to.
 
-    By PRV for units of so many rows, which alone is quick: it is asked within a transaction. What was held out costs an
-    evaluation, and less than what was trained on.
+    Those that were trained on count as one unit, by PRV, which alone takes no more than a second for `_MOST_ROWS`: it
+    is asked within a transaction. Each of those that were held out had a part in an evaluation.
     """
     plan, steps = PrivacyPlan.from_dict(run.plan), int(run.steps_committed)
     one, delta = float(run.epsilon_charged), float(run.delta_charged)
-    if rows == 1 or steps == 0:
+    if trained + held_out == 1 or steps == 0:
         return one, delta
-    together = accounting.prv_of_unit(plan.noise_multiplier, plan.sample_rate, steps, delta, rows, near=rows * one)
+    together = one if trained == 1 else 0.0
+    if trained > 1:
+        mechanism = plan.noise_multiplier, plan.sample_rate, steps, delta, trained
+        together = accounting.prv_of_unit(*mechanism, near=trained * one) if trained <= _MOST_ROWS else math.inf
     if math.isinf(together):
-        return rows * one, 1.0
-    return max(together, rows * evaluation_epsilon(run.plan)), delta
+        return (trained + held_out) * one, 1.0
+    return together + held_out * evaluation_epsilon(run.plan), delta
 
 
 def evaluation_epsilon(plan: dict[str, Any]) -> float:

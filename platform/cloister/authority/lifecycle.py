@@ -58,13 +58,14 @@ _log = logging.getLogger("cloister.authority")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Ending:
-    """Which versions end; `removed` says how many rows of each are in no later one, where that is known."""
+    """Which versions end; `removed` says how many rows of each are in no later one, where that is known: of those for
+    training, and of those that were held out."""
 
     kind: Kind
     reason: Reason
     ended: Sequence[Any]
     replaced_by: str | None = None
-    removed: Mapping[int, int] = field(default_factory=dict)
+    removed: Mapping[int, tuple[int, int]] = field(default_factory=dict)
 
 
 class Lifecycle:
@@ -211,7 +212,7 @@ class Lifecycle:
             ended=tuple(
                 EndedVersion(
                     version=f"{name}@{row.version}", digest=row.manifest_digest.removeprefix("sha256:"), rows=row.rows,
-                    removed=ending.removed.get(row.version),
+                    removed=sum(ending.removed[row.version]) if row.version in ending.removed else None,
                 )
                 for row in ending.ended
             ),
@@ -273,8 +274,9 @@ def _unlisted(connection: Connection, name: str) -> tuple[list[SealedFile], list
 
 def _removed(
     successor: DatasetManifest, before: Mapping[int, DatasetManifest], ends: AbstractSet[str]
-) -> dict[int, int]:
-    """How many rows of each version are in no later one: known where its shards that end are the ones replaced."""
+) -> dict[int, tuple[int, int]]:
+    """How many rows of each version, for training and held out, are in no later one: known where its shards that end
+    are the ones replaced."""
     parent = before[max(before)]
     rows_now = {file.shard: file.rows for file in successor.files}
     lost = {
@@ -282,11 +284,13 @@ def _removed(
         for file in parent.files
         if file.ref in ends
     }
+    holdout = {(file.sealed_in, file.shard) for file in parent.files if file.role == "holdout"}
     removed = {}
     for version, manifest in before.items():
         shards = {(file.sealed_in, file.shard) for file in manifest.files if file.ref in ends}
         if shards and shards <= lost.keys():
-            removed[version] = sum(lost[shard] for shard in shards)
+            held_out = sum(lost[shard] for shard in shards if shard in holdout)
+            removed[version] = sum(lost[shard] for shard in shards) - held_out, held_out
     return removed
 
 
@@ -341,7 +345,11 @@ def _derived(connection: Connection, name: str, learned: Sequence[int]) -> tuple
 
 
 def _flag(
-    connection: Connection, name: str, erasure: str, learned: Sequence[int], removed: Mapping[int, int]
+    connection: Connection,
+    name: str,
+    erasure: str,
+    learned: Sequence[int],
+    removed: Mapping[int, tuple[int, int]],
 ) -> tuple[TrainedModel, ...]:
     """Flag the runs on these versions and their models, and say how far what these tell is bounded."""
     for run in connection.execute(
@@ -371,11 +379,11 @@ def _flag(
         unit = Bound(rows=int(row.plan.get("rows_per_unit", 1)), epsilon=epsilon, delta=delta)
         # Where a row is the unit, somebody may have had several, for all of which together less holds.
         by_row = row.schema.get("unit", "row") == "row"
-        rows = removed.get(row.trained_on) if by_row else None
+        rows = removed.get(row.trained_on, (0, 0)) if by_row else (0, 0)
         subject = None
-        if rows:
-            epsilon, delta = for_rows(row, rows)
-            subject = Bound(rows=rows, epsilon=epsilon, delta=delta)
+        if any(rows):
+            epsilon, delta = for_rows(row, *rows)
+            subject = Bound(rows=sum(rows), epsilon=epsilon, delta=delta)
         flagged.append(
             TrainedModel(
                 model=f"{row.name}@{row.version}", run=row.run, production=row.stage == "production", unit=unit,

@@ -37,10 +37,11 @@ from cloister.privacy.spec import MIN_DELTA
 # Of epsilon, what the bound of PRV's error may add to it, with the finest grid of so many points.
 _PRV_SHARE = 1 / 300
 _PRV_POINTS = 1 << 20
+_PRV_COARSEST, _PRV_FINEST = 30.0, 1e-3  # epsilons
 # PLD's grid, as a share of what a step adds to the loss's spread. What rounding upwards adds is about a thousandth.
 _PLD_SHARE = 1 / 100
-_PLD_COARSEST = 1e-2
-_PLD_FINEST = (1e-5, 1e-4)  # of rows, and of units: mixtures take 50 µs a point
+_PLD_COARSEST, _PLD_FINEST = 1e-2, 1e-5
+_PLD_POINTS, _PLD_POINTS_OF_UNITS = 50_000, 200_000  # the latter times Gaussians in the mixture: each takes 3 µs
 _ORDERS = [*range(2, 64), *range(64, 128, 8), *range(128, 256, 16), *range(256, 512, 32), *range(512, 1025, 64)]
 _RDP_ROUNDING = 1e-13  # of one step: logarithms of sums near 1
 # The noise multiplier is found to three decimals, or four digits where it is 10 or more, and rounded up onto that grid.
@@ -72,7 +73,8 @@ def accounts(
         return dict.fromkeys(accountants, 0.0)
     if noise_multiplier == 0.0:
         return dict.fromkeys(accountants, math.inf)
-    return {name: accountant(*mechanism) for name, accountant in accountants.items()}
+    found = {name: accountant(*mechanism) for name, accountant in accountants.items()}
+    return {name: math.inf if math.isnan(value) else value for name, value in found.items()}
 
 
 def certified(accounts: Mapping[str, float]) -> float:
@@ -84,9 +86,13 @@ def certified(accounts: Mapping[str, float]) -> float:
 def prv_epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: float, rows_per_unit: int = 1) -> float:
     """Upper end of the interval that Opacus's PRV accountant computes."""
     mechanism = (noise_multiplier, sample_rate, steps, delta, rows_per_unit)
-    error = _PRV_SHARE * pld_epsilon(*mechanism)
     if rows_per_unit > 1:
-        return units.prv_epsilon(*mechanism, error, _PRV_POINTS)
+        found, near = prv_of_unit(*mechanism, _PRV_COARSEST), _PRV_COARSEST
+        while found < near / 1.5 and near > _PRV_FINEST:
+            near = max(found, near / 10)
+            found = prv_of_unit(*mechanism, near)
+        return found
+    error = _PRV_SHARE * pld_epsilon(*mechanism)
     from opacus.accountants import PRVAccountant
     from opacus.accountants.analysis.prv import PoissonSubsampledGaussianPRV, compute_safe_domain_size
 
@@ -104,6 +110,7 @@ def prv_epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: 
         return float(accountant.get_epsilon(delta, eps_error=error, delta_error=delta_error))
 
 
+@functools.lru_cache(maxsize=256)
 def prv_of_unit(
     noise_multiplier: float, sample_rate: float, steps: int, delta: float, rows_per_unit: int, near: float
 ) -> float:
@@ -117,19 +124,19 @@ def pld_epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: 
     """Pessimistic estimate of dp-accounting, for adding and for removing a unit, whichever is larger."""
     from dp_accounting.pld import privacy_loss_distribution as pld
 
+    counts, masses = units.sensitivities(rows_per_unit, sample_rate)
     if rows_per_unit > 1:
-        counts, masses = units.sensitivities(rows_per_unit, sample_rate)
         one_step = functools.partial(pld.from_mixture_gaussian_mechanism, noise_multiplier, counts, masses)
     else:
         one_step = functools.partial(pld.from_gaussian_mechanism, noise_multiplier, sampling_prob=sample_rate)
-    return _composed(one_step, steps, delta, _PLD_FINEST[rows_per_unit > 1])
+    points = _PLD_POINTS if rows_per_unit == 1 else _PLD_POINTS_OF_UNITS / max(len(counts), 20)
+    return _composed(one_step, steps, delta, units.spread(noise_multiplier, counts, masses) / points)
 
 
 @functools.lru_cache(maxsize=256)
 def replacing_epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: float) -> float:
-    """What holds where neighbours differ by one row that is replaced by another, by dp-accounting: up to twice as much.
-
-    Of units of several rows nobody computes it.
+    """What holds where neighbours differ by one row that is replaced by another, by dp-accounting alone: up to twice as
+    much, and never less. Of units of several rows nobody computes it.
     """
     from dp_accounting import NeighboringRelation
     from dp_accounting.pld import privacy_loss_distribution as pld
@@ -141,12 +148,15 @@ def replacing_epsilon(noise_multiplier: float, sample_rate: float, steps: int, d
         pld.from_gaussian_mechanism, noise_multiplier, sampling_prob=sample_rate,
         neighboring_relation=NeighboringRelation.REPLACE_ONE,
     )  # fmt: skip
-    return _composed(one_step, steps, delta, _PLD_FINEST[0])
+    spread = 2 * units.spread(noise_multiplier, *units.sensitivities(1, sample_rate))
+    replaced = _composed(one_step, steps, delta, spread / _PLD_POINTS)
+    return max(replaced, epsilon(noise_multiplier, sample_rate, steps, delta))
 
 
 def _composed(one_step: Callable[..., Any], steps: int, delta: float, finest: float) -> float:
     """Epsilon of so many steps, on a grid that is fine enough for it."""
-    interval = _PLD_COARSEST
+    finest = max(finest, _PLD_FINEST)
+    interval = max(finest, _PLD_COARSEST)
     while True:
         try:
             one = one_step(value_discretization_interval=interval, pessimistic_estimate=True)
@@ -192,9 +202,9 @@ def noise_multiplier_for(
 
     def fits(multiplier: float) -> bool:
         mechanism = (multiplier, sample_rate, steps, delta, rows_per_unit)
-        if rows_per_unit == 1 and rdp_epsilon(*mechanism) <= target_epsilon:
-            return True
-        return pld_epsilon(*mechanism) <= target_epsilon and prv_epsilon(*mechanism) <= target_epsilon
+        if rows_per_unit > 1:  # the quicker one first
+            return prv_epsilon(*mechanism) <= target_epsilon and pld_epsilon(*mechanism) <= target_epsilon
+        return epsilon(*mechanism) <= target_epsilon
 
     def roughly(multiplier: float) -> float:  # by the accountant that is quicker here
         mechanism = (multiplier, sample_rate, steps, delta, rows_per_unit)
@@ -210,7 +220,7 @@ def noise_multiplier_for(
     )
     grid = 10.0 ** max(-_MULTIPLIER_DECIMALS, math.floor(math.log10(near)) - _MULTIPLIER_DECIMALS)
     least, most = math.ceil(floor / grid), math.floor(ceiling / grid + 1e-6)
-    # All accountants, once there, and then where they say.
+    # Once there, with all that counts, and then where that says.
     near = round(near / grid) * grid
     costs = epsilon(round(near, _MULTIPLIER_DECIMALS), sample_rate, steps, delta, rows_per_unit)
     place = math.ceil(near * (target_epsilon / costs) ** (1 / slope) / grid)

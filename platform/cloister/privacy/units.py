@@ -31,6 +31,7 @@ Floats = npt.NDArray[np.float64]
 
 # What may be moved upwards, a step: far below delta / steps for every delta and number of steps that a spec can name.
 _NEGLIGIBLE = 1e-20
+_MOVED = 1e-23  # PLD leaves out 2e-22
 _REACH = 12.0  # standard deviations; beyond lies 2e-33
 _NODES_PER_SIGMA = 200
 FARTHEST = 700.0
@@ -43,6 +44,10 @@ def sensitivities(rows_per_unit: int, sample_rate: float) -> tuple[list[float], 
     counts = binom(rows_per_unit, sample_rate)
     low, high = int(counts.ppf(_NEGLIGIBLE)), min(int(counts.isf(_NEGLIGIBLE)), rows_per_unit)
     numbers = np.arange(low, high + 1)
+    # For small rates that is far too high. What is moved to the very end has to be next to nothing even there.
+    few = int((counts.sf(numbers) >= _MOVED).sum())
+    numbers = numbers[: few + 1]
+    high = int(numbers[-1])
     masses = counts.pmf(numbers)
     masses[0] += counts.cdf(low - 1)
     if high < rows_per_unit:
@@ -75,7 +80,18 @@ def prv_epsilon(
         one: Any = discretize(loss, Domain.create_aligned(mesh / 2 - reach, reach - mesh / 2, mesh))
         _, _, upper = compose_heterogeneous([one], [steps]).compute_epsilon(delta, delta_error, error)
         ends.append(float(upper))
-    return max(ends)
+    return math.inf if any(math.isnan(end) for end in ends) else max(ends)
+
+
+def spread(noise_multiplier: float, counts: list[float], masses: list[float]) -> float:
+    """How far the losses of one step lie apart, but for the rarest."""
+    j, p = np.array(counts), np.array(masses)
+    j, p = j[p > _NEGLIGIBLE], p[p > _NEGLIGIBLE]
+    low, high = (
+        logsumexp(np.log(p) + (j * x - j * j / 2) / noise_multiplier**2)
+        for x in (-_REACH * noise_multiplier, j.max() + _REACH * noise_multiplier)
+    )
+    return float(high - low)
 
 
 def points_per_error(steps: int, delta_error: float) -> float:
