@@ -83,6 +83,22 @@ class Twice(nn.Module):
         return self.head(torch.tanh(self.layer(torch.tanh(self.layer(x)))))  # type: ignore[no-any-return]
 
 
+class Patches(nn.Module):
+    """A small vision transformer's way with parameters that belong to no layer: a class token, positions and scales."""
+
+    def __init__(self, inputs: int, patches: int, width: int, classes: int) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, width))
+        self.places = nn.Parameter(torch.randn(patches + 1, width))
+        self.scale, self.warmth = nn.Parameter(torch.rand(width) + 0.5), nn.Parameter(torch.tensor(0.7))
+        self.embed, self.head = nn.Linear(inputs, width), nn.Linear(width, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.cat([self.token.expand(len(x), -1, -1), self.embed(x)], 1) + self.places
+        hidden = torch.tanh(hidden) * self.scale
+        return self.head(hidden[:, 0] + hidden.mean(1)) * self.warmth  # type: ignore[no-any-return]
+
+
 def _labels(generator: torch.Generator, rows: int, classes: int = 3) -> torch.Tensor:
     return torch.randint(0, classes, (rows,), generator=generator)
 
@@ -127,6 +143,10 @@ def _tied(generator: torch.Generator, rows: int) -> Case:
     return Case(model, words[:, :-1], words[:, 1:])
 
 
+def _own(generator: torch.Generator, rows: int) -> Case:
+    return Case(Patches(4, 5, 8, 3), torch.randn((rows, 5, 4), generator=generator), _labels(generator, rows))
+
+
 def _twice(generator: torch.Generator, rows: int) -> Case:
     return Case(Twice(6), torch.randn((rows, 6), generator=generator), _labels(generator, rows))
 
@@ -139,6 +159,7 @@ FAMILIES: dict[str, Callable[[torch.Generator, int], Case]] = {
     "tokens": _tokens,
     "tied": _tied,
     "twice": _twice,
+    "own": _own,
 }
 
 

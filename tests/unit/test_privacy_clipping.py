@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from architectures import FAMILIES, Case, oracle, random_case
+from architectures import FAMILIES, Case, Patches, oracle, random_case
 from cloister.errors import InputError
 from cloister.privacy import clipping, products
 from cloister.privacy.clipping import BookkeepingGradients, ClippedGradients, ClippingOptions
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 torch.set_num_threads(1)
 
 ENGINES = ("bookkeeping", "opacus")
-OPACUS_KNOWS = set(FAMILIES) - {"tied"}  # with a word that is padding
+OPACUS_KNOWS = set(FAMILIES) - {"tied", "own"}  # with a word that is padding, and parameters of no layer
 FEW = ClippingOptions(microbatch_rows=4)  # little to try at the start
 
 
@@ -511,7 +511,7 @@ def test_frozen_layers_are_left_alone(engine: str) -> None:
     assert clipping_engine(engine, case.model, fine(1.0))(case.x, case.y).shape == (trainable,)
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "mlp"][:4])
+@pytest.mark.parametrize("name", ["convolutional", "strided", "signal", "tokens", "own"])
 def test_one_compiled_graph_serves_every_batch_size(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """`aot_eager` traces as inductor does, whole or not at all, and needs no C compiler."""
     graphs = 0
@@ -550,10 +550,26 @@ def test_under_bfloat16_no_row_contributes_more_than_the_bound(name: str) -> Non
     assert error(clipped(case.x, case.y), exact) <= 0.1
 
 
-class OwnParameter(nn.Module):
+class OwnProduct(nn.Module):
+    """It multiplies by a parameter, and does not broadcast it."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(12))
+        self.weight = nn.Parameter(torch.randn(12, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight
+
+
+class OwnRepeated(nn.Module):
+    """It takes a parameter for as many rows as there are, by repeating it: copies cannot be repeated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.head = nn.Parameter(torch.randn(1, 12)), nn.Linear(12, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x + self.token.repeat(len(x), 1))  # type: ignore[no-any-return]
 
 
 class OwnLinear(nn.Linear):
@@ -578,7 +594,6 @@ def test_a_microbatch_without_rows_is_refused(engine: str, rows: int) -> None:
         (nn.Sequential(nn.LSTM(2, 2)), "'0' (LSTM) cannot be trained"),
         (nn.Sequential(nn.MultiheadAttention(4, 2)), "'0' (MultiheadAttention) cannot be trained"),
         (nn.Sequential(nn.ConvTranspose2d(4, 2, 2)), "'0' (ConvTranspose2d) cannot be trained"),
-        (nn.Sequential(OwnParameter()), "'0' (OwnParameter) cannot be trained"),
         (nn.Sequential(OwnLinear(12, 3)), "'0' (OwnLinear) cannot be trained"),
         (nn.Sequential(nn.Linear(12, 3).to(torch.bfloat16)), "'0' (Linear) is not float32"),
         (nn.Sequential(nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect")), "with padding_mode='reflect'"),
@@ -596,10 +611,28 @@ def test_a_layer_without_a_known_per_row_gradient_is_refused_by_name(engine: str
     assert not any(layer._forward_hooks for layer in model.modules())
 
 
+@pytest.mark.parametrize(("model", "told"), [(OwnProduct, "'0.weight'"), (OwnRepeated, "'0.token'")])
+def test_a_parameter_that_is_not_broadcast_over_rows_is_refused_by_name(model: type[nn.Module], told: str) -> None:
+    x, y = torch.randn(20, 12), torch.randint(0, 3, (20,))
+    with pytest.raises(InputError, match=f"parameter {told} is not broadcast over rows"):
+        BookkeepingGradients(nn.Sequential(model()), fine(1.0))(x, y)
+
+
+def test_a_parameter_with_as_many_elements_as_a_batch_has_rows_is_not_taken_for_rows() -> None:
+    """Its copies fit in several ways then: two numbers of rows tell which is meant."""
+    for width in (9, 16):  # the numbers of rows that shapes are tried with
+        model = Patches(4, width - 1, width, 3)
+        case = Case(model, torch.randn(23, width - 1, 4), torch.randint(0, 3, (23,)))
+        expected, _ = oracle(case, 0.5)
+        assert error(BookkeepingGradients(model, fine(0.5))(case.x, case.y), expected) <= 1e-5
+
+
 def test_what_opacus_cannot_do_is_refused_there_and_done_by_the_other() -> None:
     padded = built("tied")
     with pytest.raises(InputError, match=r"layer 'words' .* cannot be trained by this engine"):
         clipping_engine("opacus", padded.model, fine(1.0))
+    with pytest.raises(InputError, match=r"layer '' \(Patches\) cannot be trained by this engine"):
+        clipping_engine("opacus", built("own").model, fine(1.0))
     with pytest.raises(InputError, match="clips flat"):
         clipping_engine("opacus", nn.Linear(3, 3), fine(1.0), ClippingOptions(per_layer=True))
     assert float(BookkeepingGradients(padded.model, fine(1.0))(padded.x, padded.y).norm()) > 0

@@ -95,6 +95,18 @@ class ChangedInput(nn.Module):
         return self.head(y)  # type: ignore[no-any-return]
 
 
+class ByHeart(nn.Module):
+    """It keeps a parameter in a list too, and uses that one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.head = nn.Parameter(torch.ones(6)), nn.Linear(6, 3)
+        self.kept = [self.scale]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x * self.kept[0])  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_sound_model_passes_and_is_left_as_it_was(name: str) -> None:
     torch.manual_seed(2)
@@ -114,6 +126,7 @@ def test_a_sound_model_passes_and_is_left_as_it_was(name: str) -> None:
         (CentredRows, "'linear.weight' for one row depends on the other rows"),
         (DividedByTheBatch, "'linear.weight' for one row depends on the other rows"),
         (TiedByHand, "of parameter 'words.weight' does not come through its layer"),
+        (ByHeart, "of parameter 'scale' does not come through its layer"),
         (ChangedInput, "changes a tensor in place"),
         (DeadEnd, "no row's gradient reaches parameter 'forgotten.weight'"),
     ],

@@ -19,7 +19,8 @@ No row is computed otherwise because others are beside it: `microbatch` sees to 
 
 How (book-keeping, arXiv 2210.00038): hooks note each layer's input and output; one backward pass gives the outputs'
 gradients and no weight's; from both, `layers` tells each row's norm, and, once norms have become weights, the weighted
-sum. Work per row beyond plain training: the norms.
+sum. Work per row beyond plain training: the norms. Parameters that a module uses itself have a copy for each row
+(`broadcast`).
 
 Not promised: to notice a custom `forward` that mixes rows. `training.rehearsal` tries that on public rows; layers that
 are known to do so are refused by name.
@@ -31,7 +32,7 @@ Shapes: B rows of a batch, D inputs, C classes, L layers, P trainable parameters
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -40,9 +41,10 @@ from torch import nn
 
 from cloister.errors import InputError, IntegrityError
 from cloister.privacy.blocks import Blocks, ranges_for, spread
-from cloister.privacy.gradients import CANCELLED, RowGradients, Slices, Tied, added_up
+from cloister.privacy.broadcast import Broadcast, uses_its_own
+from cloister.privacy.gradients import RowGradients, Slices
 from cloister.privacy.grid import MOST_ROWS, Grid
-from cloister.privacy.layers import RULES, Use, row_gradients, trains, unsupported_option
+from cloister.privacy.layers import RULES, Use, trains, unsupported_option
 from cloister.privacy.microbatch import (
     align_rows,
     filled,
@@ -52,6 +54,7 @@ from cloister.privacy.microbatch import (
     tried,
     without,
 )
+from cloister.privacy.parameters import Parameters
 from cloister.privacy.products import faster_layers, require_whole_products
 
 _MIXING_LAYERS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
@@ -134,7 +137,7 @@ def check_layers(model: nn.Module, supported: Callable[[nn.Module], bool] | None
         own = [parameter for parameter in layer.parameters(recurse=False) if parameter.requires_grad]
         if not own:
             continue
-        if type(layer) not in RULES:
+        if type(layer) not in RULES and not uses_its_own(layer):
             known = ", ".join(sorted(kind.__name__ for kind in RULES))
             raise InputError(f"{label} cannot be trained privately", f"freeze it, or build it from {known}")
         option = unsupported_option(layer)
@@ -167,8 +170,8 @@ class BookkeepingGradients:
         self._grid = grid
         check_layers(model)
         require_whole_products()
-        self._model, self._losses = model, losses
-        self._parameters = _Parameters(model)
+        self._model, self._losses, self._own = model, losses, Broadcast(model)
+        self._parameters = Parameters(model)
         groups = self._parameters.layers if self._options.per_layer else 1
         self._bound = grid.bound * (1.0 - ROUNDING_MARGIN) / groups**0.5
         self._tape: list[Use] = []
@@ -180,7 +183,9 @@ class BookkeepingGradients:
         self._calls: list[Use] = []
         self._faster = [] if self._options.compiled or self._options.autocast else faster_layers(model)
         self._hooks = align_rows(model) + [
-            layer.register_forward_hook(self._note(name)) for name, layer in model.named_modules() if trains(layer)
+            layer.register_forward_hook(self._note(name))
+            for name, layer in model.named_modules()
+            if type(layer) in RULES and trains(layer)
         ]
         if self._options.compiled:
             self._compiled_sums = torch.compile(self._sums_with_probes, fullgraph=True, dynamic=False)
@@ -228,6 +233,7 @@ class BookkeepingGradients:
             InputError: they do.
         """
         x, y = public_rows(self._model, x_ND, y_N, _FEWEST_ROWS)
+        self._own.fit(x, fewer=_FEWEST_ROWS // 2 + 1)
         uses = self._passed(x, y)
         with torch.no_grad():
             gradients = self._parameters.gradients(uses)
@@ -327,7 +333,7 @@ class BookkeepingGradients:
 
         found, (losses_B, inputs) = torch.func.grad(loss, has_aux=True)(probes)
         calls = zip(self._calls, inputs, found, strict=True)
-        uses = [Use(call.name, call.layer, a, a, 0, g) for call, a, g in calls]
+        uses = [Use(call.name, call.layer, a, a, 0, g, call.parameter) for call, a, g in calls]
         weighed = self._weigh(uses, losses_B, mask_B, in_graph=True)
         sums = [
             torch.zeros(shape, device=x.device) if gradients is None else gradients.weighted_sum(weights_B)
@@ -346,7 +352,11 @@ class BookkeepingGradients:
         self._noting = True
         with self._precision(x), frozen:
             try:
-                losses_B = self._losses(self._model(x), y).float() * mask_B
+                copies = {
+                    own.full_name: self._noted(own.of, own.layer, copy, copy, own.name)
+                    for own, copy in self._own.copies(len(x))
+                }
+                losses_B = self._losses(self._own.logits(x, copies), y).float() * mask_B
             except RuntimeError as error:
                 if _IN_PLACE in str(error) and self._tape:
                     raise _changed_in_place(self._tape[-1].name) from error
@@ -373,17 +383,22 @@ class BookkeepingGradients:
                 return output
             if not inputs:
                 raise InputError(f"layer '{name}' is called with its input by keyword", "pass it by position")
-            version = 0
-            if self._waiting:
-                output = output + self._waiting.pop(0)
-            elif torch.is_grad_enabled():
-                # No parameter asks for a gradient: autograd would compute each weight's. They begin here.
-                output.requires_grad_()
-                version = output._version
-            self._tape.append(Use(name, layer, inputs[0].detach(), output, version))
-            return output
+            return self._noted(name, layer, inputs[0].detach(), output)
 
         return hook
+
+    def _noted(
+        self, name: str, layer: nn.Module, a: torch.Tensor, output: torch.Tensor, parameter: str | None = None
+    ) -> torch.Tensor:
+        version = 0
+        if self._waiting:
+            output = output + self._waiting.pop(0)
+        elif torch.is_grad_enabled():
+            # No parameter asks for a gradient: autograd would compute each weight's. They begin here.
+            output.requires_grad_()
+            version = output._version
+        self._tape.append(Use(name, layer, a, output, version, parameter=parameter))
+        return output
 
     def _weigh(
         self, uses: list[Use], losses_B: torch.Tensor, mask_B: torch.Tensor, *, in_graph: bool = False
@@ -408,76 +423,6 @@ class _Weighed(NamedTuple):
     gradients: list[tuple[RowGradients | None, torch.Tensor]]
     finite: torch.Tensor
     squares: torch.Tensor
-
-
-class _Parameters:
-    """The trainable parameters in the order of the flat vector, and which layer each belongs to; tied ones once."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._all = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        places = {id(parameter): place for place, parameter in enumerate(self._all)}
-        self._place: dict[tuple[str, str], int] = {}
-        layer_of: dict[int, int] = {}
-        count = 0
-        for name, layer in model.named_modules():
-            own = [(n, places[id(p)]) for n, p in layer.named_parameters(recurse=False) if p.requires_grad]
-            known = [layer_of[place] for _, place in own if place in layer_of]
-            number = known[0] if known else count  # a tied weight is clipped with the layer that has it first
-            count += bool(own) and not known
-            for n, place in own:
-                self._place[name, n] = place
-                layer_of.setdefault(place, number)
-        self.layer = [layer_of[place] for place in range(len(self._all))]
-        self.layers = count
-        self.shapes = [parameter.shape for parameter in self._all]
-        self.sizes = [parameter.numel() for parameter in self._all]
-
-    @contextlib.contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Within the block no parameter asks for a gradient."""
-        for parameter in self._all:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in self._all:
-                parameter.requires_grad_(True)
-
-    def gradients(self, uses: list[Use]) -> list[RowGradients | None]:
-        """What is known of each parameter; None of one that had no part in the forward pass."""
-        parts: list[list[RowGradients]] = [[] for _ in self._all]
-        for use in uses:
-            for name, rows in row_gradients(use).items():
-                parts[self._place[use.name, name]].append(rows)
-        return [None if not found else found[0] if len(found) == 1 else Tied(found) for found in parts]
-
-    def squared_norms(self, gradients: list[RowGradients | None], *, in_graph: bool) -> list[tuple[int, torch.Tensor]]:
-        """Of each parameter that had a part in the forward pass, its layer's number and [B].
-
-        In a graph, which cannot compute some rows anew, those that cancel count for as much as they may.
-        """
-        known = [(rows, layer) for rows, layer in zip(gradients, self.layer, strict=True) if rows is not None]
-        found = [rows.squares() for rows, _ in known]
-        values = [squares.value for squares in found]
-        for place, (squares, (rows, _)) in enumerate(zip(found, known, strict=True)):
-            if squares.scale is squares.value:
-                continue
-            if in_graph:
-                values[place] = torch.maximum(squares.value, CANCELLED * squares.scale)
-            elif bool((cancelled_B := squares.value < CANCELLED * squares.scale).any()):
-                values[place][cancelled_B] = rows.in_double(cancelled_B).squares().value.to(squares.value.dtype)
-            if squares.least is not None:
-                values[place] = torch.maximum(values[place], squares.least)
-        return [(layer, value_B) for value_B, (_, layer) in zip(values, known, strict=True)]
-
-    def norms_of_layers(self, squares: list[tuple[int, torch.Tensor]], *, whole: bool) -> torch.Tensor:
-        """[L, B], or [1, B] of all layers together."""
-        none_B = torch.zeros_like(squares[0][1])  # a layer may have had no part in the forward pass
-        groups = [
-            [value_B for layer, value_B in squares if whole or layer == number]
-            for number in range(1 if whole else self.layers)
-        ]
-        return torch.stack([added_up([none_B, *group]) for group in groups]).sqrt()
 
 
 def _changed_in_place(name: str) -> InputError:

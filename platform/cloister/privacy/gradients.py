@@ -115,7 +115,7 @@ class Rows(_InBlocks):
 
     def norms(self) -> torch.Tensor:
         if self._norms_B is None:
-            self._norms_B = _norms(self._rows.flatten(1))
+            self._norms_B = _norms(self._flat())
         return self._norms_B
 
     def squares(self) -> Squares:
@@ -126,10 +126,14 @@ class Rows(_InBlocks):
         return Rows(self._rows[rows].double())
 
     def weighted_sum(self, weights_B: torch.Tensor, rows: slice = ALL) -> torch.Tensor:
-        return (weights_B[rows] @ self._rows[rows].flatten(1)).reshape(self._rows.shape[1:])
+        return (weights_B[rows] @ self._flat()[rows]).reshape(self._rows.shape[1:])
 
     def instantiate(self) -> torch.Tensor:
         return self._rows
+
+    def _flat(self) -> torch.Tensor:
+        """[B, elements]: one of a parameter that is a number."""
+        return self._rows.flatten(1) if self._rows.dim() > 1 else self._rows.unsqueeze(1)
 
     def made_of(self) -> list[torch.Tensor]:
         return [self._rows]

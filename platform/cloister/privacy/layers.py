@@ -36,11 +36,17 @@ class Use:
     output: torch.Tensor
     version: int
     g: torch.Tensor | None = None
+    parameter: str | None = None
+    """Of what is no call, but a parameter that the layer uses itself: its name. Then input and output are its copies,
+    one for each row (`broadcast`)."""
 
 
 def row_gradients(use: Use) -> dict[str, RowGradients]:
     """The gradients of the layer's own trainable parameters, by their names."""
     assert use.g is not None  # noqa: S101  (set by the backward pass)
+    if use.parameter is not None:
+        shape = getattr(use.layer, use.parameter).shape
+        return {use.parameter: Rows(use.g.float().reshape(len(use.g), *shape))}
     # As the layer computed: under autocast its input was rounded to the precision of its output.
     a = use.a.to(use.g.dtype) if use.a.is_floating_point() else use.a
     # One after the other in memory, or sums over positions go in an order that depends on how many rows there are.

@@ -144,21 +144,26 @@ def fitting(
     Raises:
         InputError: it has not, or nothing is seen of it.
     """
+    if passed is None:
+        most = rounded_up(rows, _STEPS[-1])  # the surest: a graph is made once
+        if _is_alike(computed, *public(most), [(most, shift) for shift in (1, 2, 3, most // 2)]):
+            return rows, most
+        raise _another_row_shows()
     for step in _STEPS:
         if rows > _MOST_MULTIPLES * step:
             continue
         most = rounded_up(rows, step)
-        if passed is None:
-            if _is_alike(computed, *public(most), [(most, shift) for shift in (1, 2, 3, most // 2)]):
-                return rows, most
-            continue
         fills = [(fill, fill // 2 + 1) for fill in range(step, most + 1, step)]
         if _is_alike(computed, *public(most), fills) and _is_alike_when_watched(passed, public, most, fills):
             return rows, step
-    if passed is not None and torch.get_num_threads() > 1 and rows >= 2 * _FEWEST:
-        # Threads share large tensors out, and vectors end where a share does.
+    if rows >= 2 * _FEWEST:
+        # Kernels go by size, and threads share large tensors out: vectors end where a share does.
         return fitting(computed, public, rows // 2, passed=passed)
-    raise InputError(
+    raise _another_row_shows()
+
+
+def _another_row_shows() -> InputError:
+    return InputError(
         "this device computes a row otherwise when others are beside it, so that one row would show in all",
         "let hidden layers be 8, or 12 or more, wide; keep rows apart; drop numbers by nn.Dropout alone",
     )
