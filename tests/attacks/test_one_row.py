@@ -113,6 +113,28 @@ def test_sums_over_positions_of_a_model_that_has_time_first() -> None:
         assert max(moved(clipped, 1.0, x[: rows + 1], y[: rows + 1], row) for row in range(2)) <= 1 + SLACK
 
 
+class Largest(nn.Module):
+    """In training it divides by the largest number of the batch: one row decides, and rehearsals do not train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 16), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            x = x / x.abs().max()
+        return self.head(torch.relu(self.body(x)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_model_that_follows_the_largest_of_its_rows_is_refused(engine: str) -> None:
+    for rows in (64, None):
+        with pytest.raises(InputError, match="would show in all"):
+            clipping_engine(engine, Largest(), Grid.of(1.0, 64), ClippingOptions(microbatch_rows=rows)).ranges(
+                torch.randn(9, 4), torch.zeros(9, dtype=torch.int64)
+            )
+
+
 class Mixes(torch.autograd.Function):
     """A backward pass in which rows have a part in others, and not by operations that can be watched."""
 

@@ -611,8 +611,31 @@ def test_a_layer_without_a_known_per_row_gradient_is_refused_by_name(engine: str
     assert not any(layer._forward_hooks for layer in model.modules())
 
 
-@pytest.mark.parametrize(("model", "told"), [(OwnProduct, "'0.weight'"), (OwnRepeated, "'0.token'")])
-def test_a_parameter_that_is_not_broadcast_over_rows_is_refused_by_name(model: type[nn.Module], told: str) -> None:
+class OwnSummary(nn.Module):
+    """What it does with all of a parameter, it would do with all rows' copies."""
+
+    def __init__(self, summary: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.scale, self.body, self.head = nn.Parameter(torch.randn(22)), nn.Linear(12, 22), nn.Linear(22, 3)
+        self.summary = summary
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.body(x)) * self.summary(self.scale))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        (OwnProduct, "'0.weight'"),
+        (OwnRepeated, "'0.token'"),
+        (lambda: OwnSummary(torch.mean), "'0.scale'"),
+        (lambda: OwnSummary(torch.amax), "'0.scale'"),
+        (lambda: OwnSummary(lambda scale: scale - scale.mean()), "'0.scale'"),
+    ],
+)
+def test_a_parameter_that_is_not_broadcast_over_rows_is_refused_by_name(
+    model: Callable[[], nn.Module], told: str
+) -> None:
     x, y = torch.randn(20, 12), torch.randint(0, 3, (20,))
     with pytest.raises(InputError, match=f"parameter {told} is not broadcast over rows"):
         BookkeepingGradients(nn.Sequential(model()), fine(1.0))(x, y)
@@ -620,11 +643,25 @@ def test_a_parameter_that_is_not_broadcast_over_rows_is_refused_by_name(model: t
 
 def test_a_parameter_with_as_many_elements_as_a_batch_has_rows_is_not_taken_for_rows() -> None:
     """Its copies fit in several ways then: two numbers of rows tell which is meant."""
-    for width in (9, 16):  # the numbers of rows that shapes are tried with
+    for width in (2, 9, 16):  # the numbers of rows that shapes are tried with
         model = Patches(4, width - 1, width, 3)
         case = Case(model, torch.randn(23, width - 1, 4), torch.randint(0, 3, (23,)))
         expected, _ = oracle(case, 0.5)
         assert error(BookkeepingGradients(model, fine(0.5))(case.x, case.y), expected) <= 1e-5
+
+
+def test_a_parameter_that_is_sliced_as_rows_would_be_is_refused_when_there_are_more() -> None:
+    class Sliced(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.places, self.head = nn.Parameter(torch.randn(16, 4)), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head((x + self.places[: x.shape[1]]).mean(1))  # type: ignore[no-any-return]
+
+    x, y = torch.randn(23, 16, 4), torch.randint(0, 3, (23,))
+    with pytest.raises(InputError, match="'places' is not broadcast over rows"):
+        BookkeepingGradients(Sliced(), fine(1.0))(x, y)
 
 
 def test_what_opacus_cannot_do_is_refused_there_and_done_by_the_other() -> None:

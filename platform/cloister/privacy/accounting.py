@@ -46,6 +46,7 @@ _ORDERS = [*range(2, 64), *range(64, 128, 8), *range(128, 256, 16), *range(256, 
 _RDP_ROUNDING = 1e-13  # of one step: logarithms of sums near 1
 # The noise multiplier is found to three decimals, or four digits where it is 10 or more, and rounded up onto that grid.
 _MULTIPLIER_DECIMALS = 3
+_GUESSES, _WASTE = 3, 1e-3
 _MULTIPLIER_RANGE = (0.5, 1000.0)  # below 0.5 the PRV accountant takes minutes and gigabytes
 
 
@@ -189,7 +190,8 @@ def rdp_epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: 
 def noise_multiplier_for(
     target_epsilon: float, delta: float, sample_rate: float, steps: int, rows_per_unit: int = 1
 ) -> float:
-    """The smallest noise multiplier, on a grid of 1e-3 or four digits, whose certified epsilon is at most the target.
+    """A noise multiplier, on a grid of 1e-3 or four digits, whose certified epsilon is at most the target, and no more
+    than a thousandth below it unless the grid or the least multiplier, 0.5, want it.
 
     Raises:
         InputError: no multiplier up to 1000 for each row of a unit is enough.
@@ -199,12 +201,6 @@ def noise_multiplier_for(
         raise ValueError("the target epsilon is positive and finite")
     floor, ceiling = _MULTIPLIER_RANGE[0], _MULTIPLIER_RANGE[1] * rows_per_unit
     _check(ceiling, sample_rate, steps, delta, rows_per_unit)
-
-    def fits(multiplier: float) -> bool:
-        mechanism = (multiplier, sample_rate, steps, delta, rows_per_unit)
-        if rows_per_unit > 1:  # the quicker one first
-            return prv_epsilon(*mechanism) <= target_epsilon and pld_epsilon(*mechanism) <= target_epsilon
-        return epsilon(*mechanism) <= target_epsilon
 
     def roughly(multiplier: float) -> float:  # by the accountant that is quicker here
         mechanism = (multiplier, sample_rate, steps, delta, rows_per_unit)
@@ -220,14 +216,20 @@ def noise_multiplier_for(
     )
     grid = 10.0 ** max(-_MULTIPLIER_DECIMALS, math.floor(math.log10(near)) - _MULTIPLIER_DECIMALS)
     least, most = math.ceil(floor / grid), math.floor(ceiling / grid + 1e-6)
-    # Once there, with all that counts, and then where that says.
-    near = round(near / grid) * grid
-    costs = epsilon(round(near, _MULTIPLIER_DECIMALS), sample_rate, steps, delta, rows_per_unit)
-    place = math.ceil(near * (target_epsilon / costs) ** (1 / slope) / grid)
-    found = _smallest(lambda place: fits(round(place * grid, _MULTIPLIER_DECIMALS)), place, least, most)
-    if found is None:
+
+    def costs(place: int) -> float:  # with all that counts
+        return epsilon(round(place * grid, _MULTIPLIER_DECIMALS), sample_rate, steps, delta, rows_per_unit)
+
+    place = min(max(math.ceil(near / grid), least), most)
+    for _ in range(_GUESSES):
+        found = costs(place)
+        if found <= target_epsilon and (place == least or found >= (1 - _WASTE) * target_epsilon):
+            return round(place * grid, _MULTIPLIER_DECIMALS)
+        place = min(max(math.ceil(place * (target_epsilon / found) ** (1 / slope)), least), most)
+    smallest = _smallest(lambda place: costs(place) <= target_epsilon, place, least, most)
+    if smallest is None:
         raise InputError("no amount of noise reaches this epsilon", "raise epsilon or lower epochs")
-    return round(found * grid, _MULTIPLIER_DECIMALS)
+    return round(smallest * grid, _MULTIPLIER_DECIMALS)
 
 
 def _where_it_costs(

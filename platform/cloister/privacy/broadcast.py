@@ -1,8 +1,9 @@
 """Parameters that people's own modules use themselves, broadcast over rows: positions, class tokens, scales.
 
 Guarantees: in a forward pass each row has a copy of its own, so that the gradient of the copies is that of the rows. A
-copy is as the parameter but for dimensions of size one, of which there are as many as let the model compute the same
-with copies as without: that is tried, on two numbers of rows. Where it cannot be had, the parameter is refused by name.
+copy is as the parameter but for dimensions of size one. There are as many of them as let each row be what it is alone,
+with its own copy as the parameter, where all copies are different: that is tried, on several numbers of rows. Where it
+cannot be had, the parameter is refused by name.
 
 Not promised: to notice a use that is not through the module's attribute, such as a list of parameters that the module
 keeps beside. `training.rehearsal` compares with autograd.
@@ -43,24 +44,26 @@ class Broadcast:
         ]  # fmt: skip
         self._parameters = [OwnParameter(*found) for found in {id(found[-1]): found for found in named}.values()]
 
-    def fit(self, x: torch.Tensor, fewer: int) -> None:
-        """Find the copies' shapes, with rows of random numbers, and with so many of them.
+    def fit(self, x: torch.Tensor) -> None:
+        """Find the copies' shapes, with rows of random numbers, and with fewer of them.
 
         Raises:
             InputError: a parameter is not broadcast over rows.
         """
-        if not self._parameters:
-            return
         with torch.no_grad():
-            tried = [(rows, self._model(rows)) for rows in (x, x[:fewer])]
             for own in self._parameters:
-                shapes = (shape for shape in own.shapes() if all(self._gives(own, shape, *each) for each in tried))
-                own.shape = next(shapes, None)
+                alone = _another_for_each_row(own, len(x))
+                expected = [self.logits(x[i : i + 1].clone(), {own.full_name: alone[i]}) for i in range(len(x))]
+                fewer = (len(x), len(x) // 2 + 1, 2, 1)
+                own.shape = next(
+                    (
+                        shape for shape in own.shapes()
+                        if all(self._gives(x[:rows], own, alone, shape, torch.cat(expected[:rows])) for rows in fewer)
+                    ),
+                    None,
+                )  # fmt: skip
                 if own.shape is None:
-                    raise InputError(
-                        f"parameter '{own.full_name}' is not broadcast over rows, so it cannot be trained privately",
-                        "freeze it, give it the shape of one row, [1, ...], or use nn.Linear",
-                    )
+                    raise not_broadcast(own.full_name)
 
     def copies(self, rows: int) -> list[tuple[OwnParameter, torch.Tensor]]:
         """Each parameter, and its copies for so many rows."""
@@ -71,13 +74,32 @@ class Broadcast:
         found: torch.Tensor = functional_call(self._model, copies, (x,)) if copies else self._model(x)
         return found
 
-    def _gives(self, own: OwnParameter, shape: tuple[int, ...], x: torch.Tensor, expected: torch.Tensor) -> bool:
+    def _gives(
+        self, x: torch.Tensor, own: OwnParameter, alone: torch.Tensor, shape: tuple[int, ...], expected: torch.Tensor
+    ) -> bool:
+        """Whether with copies of this shape, each of them another one, each row is as it is alone with its own."""
         try:
-            found = self.logits(x, {own.full_name: own.copies(len(x), shape)})
+            found = self.logits(x.clone(), {own.full_name: alone[: len(x)].reshape(len(x), *shape)})
         except Exception:  # noqa: BLE001 - the model's own, whatever it says to another shape
             return False
-        close = _TOLERANCE * float(expected.abs().max())
-        return found.shape == expected.shape and torch.allclose(found, expected, rtol=0.0, atol=close, equal_nan=True)
+        if found.shape != expected.shape:
+            return False
+        close = _TOLERANCE * float(expected[torch.isfinite(expected)].abs().max())
+        return torch.allclose(found, expected, rtol=0.0, atol=close, equal_nan=True)
+
+
+def not_broadcast(name: str) -> InputError:
+    return InputError(
+        f"parameter '{name}' is not broadcast over rows, so it cannot be trained privately",
+        "freeze it, use nn.Linear, or give it the shape of one row, [1, ...], and slice it behind that dimension",
+    )
+
+
+def _another_for_each_row(own: OwnParameter, rows: int) -> torch.Tensor:
+    """[B, *parameter]: where copies had a part in other rows, it would show."""
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randn((rows, *own.parameter.shape), generator=generator)
+    return numbers.to(own.parameter.device) * own.parameter.abs().mean().clamp_min(0.1)
 
 
 @dataclass(slots=True)

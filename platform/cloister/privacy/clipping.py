@@ -41,7 +41,7 @@ from torch import nn
 
 from cloister.errors import InputError, IntegrityError
 from cloister.privacy.blocks import Blocks, ranges_for, spread
-from cloister.privacy.broadcast import Broadcast, uses_its_own
+from cloister.privacy.broadcast import Broadcast, not_broadcast, uses_its_own
 from cloister.privacy.gradients import RowGradients, Slices
 from cloister.privacy.grid import MOST_ROWS, Grid
 from cloister.privacy.layers import RULES, Use, trains, unsupported_option
@@ -233,7 +233,7 @@ class BookkeepingGradients:
             InputError: they do.
         """
         x, y = public_rows(self._model, x_ND, y_N, _FEWEST_ROWS)
-        self._own.fit(x, fewer=_FEWEST_ROWS // 2 + 1)
+        self._own.fit(x)
         uses = self._passed(x, y)
         with torch.no_grad():
             gradients = self._parameters.gradients(uses)
@@ -351,8 +351,9 @@ class BookkeepingGradients:
         )
         self._noting = True
         with self._precision(x), frozen:
+            copies: dict[str, torch.Tensor] = {}
             try:
-                copies = {
+                copies |= {
                     own.full_name: self._noted(own.of, own.layer, copy, copy, own.name)
                     for own, copy in self._own.copies(len(x))
                 }
@@ -360,6 +361,8 @@ class BookkeepingGradients:
             except RuntimeError as error:
                 if _IN_PLACE in str(error) and self._tape:
                     raise _changed_in_place(self._tape[-1].name) from error
+                if copies:  # of another number of rows than they were tried with
+                    raise not_broadcast(next(iter(copies))) from error
                 raise
             finally:
                 self._noting = False

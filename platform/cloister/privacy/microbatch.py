@@ -38,7 +38,7 @@ from cloister.privacy.watching import Watch, same
 # Microbatches have a multiple of one of these rows. Below four, libraries multiply by other kernels; and where rows are
 # no multiples of pairs of vectors, the last elements of a microbatch go through other functions.
 _STEPS = (4, 8, 16, 32)
-_MOST_MULTIPLES = 32  # or to try them takes long
+_MOST_MULTIPLES = 16  # or to try them takes long
 _FILLS = 2  # so many are watched at least: where there are fewer, several times, with other rows
 _FEWEST = 8  # rows, where a smaller microbatch is tried in place of one that does not fit
 _DROPOUTS = (
@@ -146,15 +146,15 @@ def fitting(
     """
     if passed is None:
         most = rounded_up(rows, _STEPS[-1])  # the surest: a graph is made once
-        if _is_alike(computed, *public(most), [(most, shift) for shift in (1, 2, 3, most // 2)]):
+        if _is_alike(computed, public, most, [most] * 4):
             return rows, most
         raise _another_row_shows()
     for step in _STEPS:
         if rows > _MOST_MULTIPLES * step:
             continue
         most = rounded_up(rows, step)
-        fills = [(fill, fill // 2 + 1) for fill in range(step, most + 1, step)]
-        if _is_alike(computed, *public(most), fills) and _is_alike_when_watched(passed, public, most, fills):
+        fills = list(range(step, most + 1, step))
+        if _is_alike(computed, public, most, fills) and _is_alike_when_watched(passed, public, most, fills):
             return rows, step
     if rows >= 2 * _FEWEST:
         # Kernels go by size, and threads share large tensors out: vectors end where a share does.
@@ -170,20 +170,22 @@ def _another_row_shows() -> InputError:
 
 
 def _is_alike(
-    computed: Callable[[torch.Tensor, torch.Tensor], Sequence[torch.Tensor]], x: torch.Tensor, y: torch.Tensor,
-    fills: Sequence[tuple[int, int]],
+    computed: Callable[[torch.Tensor, torch.Tensor], Sequence[torch.Tensor]],
+    public: Callable[[int], tuple[torch.Tensor, torch.Tensor]], most: int, fills: Sequence[int],
 ) -> bool:  # fmt: skip
-    """Whether these rows are computed as together where so many are left of them, in places that are shifted."""
-    places = torch.arange(len(x), device=x.device)
-    expected = [each.detach().clone() for each in computed(x, y)]
+    """Whether rows are computed alike in other places, in microbatches of so many, and always beside others."""
+    x, y = public(2 * most)
+    halves = [[each.detach().clone() for each in computed(x[i : i + most], y[i : i + most])] for i in (0, most)]
+    expected = [torch.cat(each) for each in zip(*halves, strict=True)]
     finite_B = torch.stack([torch.isfinite(each.reshape(len(each), -1)).all(1) for each in expected]).all(0)
     if 2 * int(finite_B.sum()) < len(x):
         raise InputError(
             "with random weights and rows the model's gradients are not finite: this device cannot be tried",
             "let the model give finite numbers for weights around 0, and inputs of up to 50",
         )
-    for fill, shift in fills:
-        some = places.roll(shift)[:fill]
+    generator = torch.Generator().manual_seed(1)
+    for fill in fills:
+        some = torch.randperm(len(x), generator=generator)[:fill].to(x.device)
         found = zip(computed(x[some], y[some]), expected, strict=True)
         if not all(same(got.detach(), each[some]) for got, each in found):
             return False
@@ -192,7 +194,7 @@ def _is_alike(
 
 def _is_alike_when_watched(
     passed: Callable[[torch.Tensor, torch.Tensor], object], public: Callable[[int], tuple[torch.Tensor, torch.Tensor]],
-    most: int, fills: Sequence[tuple[int, int]],
+    most: int, fills: Sequence[int],
 ) -> bool:  # fmt: skip
     """The same of each operation; several times, with other rows, where there are few fills."""
     draws = -(-_FILLS // len(fills))
@@ -204,8 +206,8 @@ def _is_alike_when_watched(
         own_x, own_y = (t[draw * most : (draw + 1) * most] for t in (x, y))
         with watch.expecting(most):
             passed(own_x, own_y)
-        for fill, shift in fills:
-            some = places.roll(1 + (shift + draw) % (most - 1))[:fill]
+        for fill in fills:
+            some = places.roll(1 + (fill // 2 + 1 + draw) % (most - 1))[:fill]
             some_x, some_y = own_x[some], own_y[some]
             with watch.comparing(some):
                 passed(some_x, some_y)
