@@ -385,13 +385,14 @@ PREDICTABLE = re.compile(
     r"(rand(n|int|perm)?(_like)?|normal_?|uniform_?|bernoulli_?|exponential_?|multinomial|default_rng|dropout"
     r"|standard_normal|RandomState|manual_seed|seed|fork_rng|Generator)"
 )
-# Public weights to start from, made-up rows to probe an export, a device and a model with, dropout under the attempt's
-# secret, and the baseline without privacy.
+# Public weights to start from, made-up rows and copies to probe an export, a device and a model with, dropout under
+# the attempt's secret, and the baseline without privacy.
 NOT_NOISE = {
     "training/architectures.py": {"manual_seed", "fork_rng"},
     "training/export.py": {"rand", "manual_seed", "Generator"},
     "training/rehearsal.py": {"randint", "manual_seed", "Generator"},
-    "privacy/microbatch.py": {"rand", "randn", "randint", "manual_seed", "Generator", "dropout"},
+    "privacy/broadcast.py": {"randn", "manual_seed", "Generator"},
+    "privacy/microbatch.py": {"rand", "randn", "randint", "randperm", "manual_seed", "Generator", "dropout"},
     "privacy/mechanism.py": {"manual_seed", "fork_rng"},
     "training/baseline.py": {"randperm", "manual_seed", "default_rng", "Generator"},
 }
