@@ -24,7 +24,19 @@ from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from sqlalchemy import select
 
 import clinic
-from authority_world import APP, AUDIT, CODE, URL, Person, World, attempt_body, lease_body, receiver, training_spec
+from authority_world import (
+    APP,
+    AUDIT,
+    CODE,
+    HISTOGRAM,
+    URL,
+    Person,
+    World,
+    attempt_body,
+    lease_body,
+    receiver,
+    training_spec,
+)
 from cloister.authority import gate
 from cloister.authority.identity import add_identity
 from cloister.canonical import b64
@@ -208,7 +220,7 @@ class House:
             "/v1/runs/{run}/progress": {"attempt": 1, "steps_done": 0, "rows_per_s": 1.0},
             "/v1/runs/{run}/model": {
                 "manifest": "e30=", "model_sha256": "0" * 64, "blob": "models/x", "blob_sha256": "0" * 64,
-                "holdout_accuracy": 0.5, "audit": AUDIT,
+                "evaluation": HISTOGRAM, "audit": AUDIT,
             },
             "/v1/runs/{run}/end": {"envelope": garbage, "error": {"kind": "InputError"}},
             "/v1/models/{name}/versions/{version}/export": receiver(),

@@ -37,6 +37,7 @@ ONE_ROW = "tests/attacks/test_one_row.py"
 STREAMS, ACCOUNTING = "tests/unit/test_privacy_streams.py", "tests/unit/test_privacy_accounting.py"
 ATTEMPTS, SEALS = "tests/unit/test_authority_attempts.py", "tests/unit/test_authority_seals.py"
 WORK, GRID = "tests/unit/test_work.py", "tests/unit/test_privacy_grid.py"
+EVALUATION = "tests/unit/test_privacy_evaluation.py"
 
 BUGS = (
     Bug("no clip", "privacy/clipping.py",
@@ -180,6 +181,19 @@ BUGS = (
         "                    mine = runs.c.id == run\n"
         "                    act.connection.execute(update(runs).where(mine).values(epsilon_charged=0.0))\n",
         ATTEMPTS, "stops_a_run"),
+    Bug("an evaluation of rows as they come", "privacy/rowwise.py", "rounded_up(len(x_BD), self._step)", "len(x_BD)",
+        EVALUATION, "were_tried"),
+    Bug("one draw of noise for all cells", "privacy/evaluation.py",
+        "noise = [geometric.noise(self.epsilon, self.rows_per_unit, source) for _ in range(counts.size)]",
+        "noise = [geometric.noise(self.epsilon, self.rows_per_unit, source)] * counts.size",
+        EVALUATION, "every_cell"),
+    Bug("an evaluation for one row of a unit", "privacy/evaluation.py",
+        "geometric.noise(self.epsilon, self.rows_per_unit, source)", "geometric.noise(self.epsilon, 1, source)",
+        EVALUATION, "several_rows"),
+    Bug("noise of one sign", "privacy/geometric.py", "return -size if negative else size", "return size",
+        EVALUATION, "two_sided"),
+    Bug("an evaluation that costs nothing", "authority/costs.py",
+        "held_out * plan.evaluation_epsilon", "0 * held_out", "tests/unit/test_authority_units.py", "cost_both"),
 )  # fmt: skip
 
 

@@ -9,7 +9,19 @@ from typing import Any
 import pytest
 from sqlalchemy import select, update
 
-from authority_world import AUDIT, CODE, DELTA, EPSILON, STEPS, Person, World, attempt_body, lease_body, training_spec
+from authority_world import (
+    AUDIT,
+    CODE,
+    DELTA,
+    EPSILON,
+    HISTOGRAM,
+    STEPS,
+    Person,
+    World,
+    attempt_body,
+    lease_body,
+    training_spec,
+)
 from cloister.authority import ledger_seals
 from cloister.authority.core import PLATFORM
 from cloister.authority.costs import settle
@@ -453,7 +465,7 @@ def test_a_run_that_failed_goes_on_to_its_model(world: World) -> None:
     for path, body in (("leases", lease_body(1)), ("blocks", block(1, 5, 9)), ("blocks", block(1, 8, 9))):
         refused(world, run, path, body)
     refused(world, run, "model", {"manifest": "e30=", "model_sha256": "0" * 64, "blob": f"models/{run}/x",
-                                  "blob_sha256": "0" * 64, "holdout_accuracy": 0.5, "audit": AUDIT})  # fmt: skip
+                                  "blob_sha256": "0" * 64, "evaluation": HISTOGRAM, "audit": AUDIT})  # fmt: skip
     assert world.attempt(run)["resume_from"] == 5
     lease = world.lease(run)
     world.commit(run, 5, STEPS)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import Any
 
 import pytest
 from sqlalchemy import select
 
-from authority_world import AUDIT, EPSILON, Person, World, receiver
+from authority_world import AUDIT, EPSILON, HISTOGRAM, Person, World, receiver
 from cloister.canonical import b64, canonical_json, unb64
 from cloister.models.release import APPROVAL_LIFETIME_S
 from cloister.privacy import accounting
@@ -74,9 +73,15 @@ ELSEWHERE: list[Any] = [
     {"blob": "models/RUNx/y"},
     {"blob": ""},
     {"metrics": {"accuracy": 1.0}},
-    {"holdout_accuracy": 1.01},
-    {"holdout_accuracy": -0.1},
-    {"holdout_accuracy": "high"},
+    {"holdout_accuracy": 0.5},
+    {"evaluation": []},
+    {"evaluation": "high"},
+    {"evaluation": [[[3], [1]]]},
+    {"evaluation": [[[3], [1]], [[1]]]},
+    {"evaluation": [[[3, 0], [1, 0]], [[1, 0], [1, 0]]]},
+    {"evaluation": [[[3], [1]], [[1], [0.5]]]},
+    {"evaluation": [[[3], [1]], [[1], [True]]]},
+    {"evaluation": [[[3], [1]], [[1], [2**53 + 1]]]},
     {"model_sha256": "0" * 63},
     {"model_sha256": "Z" * 64},
     {"model_sha256": "sha256:" + "0" * 64},
@@ -155,9 +160,9 @@ def test_the_provenance_tells_both_accountants_what_they_assume_and_both_audits(
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
-def test_a_metric_is_a_finite_number(world: World, value: str) -> None:
+def test_a_count_is_a_number(world: World, value: str) -> None:
     run, body = trained(world)
-    text = canonical_json(body).replace(b'accuracy":0.5', b'accuracy":' + value.encode())
+    text = canonical_json(body).replace(b'"evaluation":[[[3]', b'"evaluation":[[[' + value.encode() + b"]")
     assert value.encode() in text
     before = world.content()
     assert world.ask(run, "POST", f"/v1/runs/{run}/model", content=text).status_code == 400
@@ -373,7 +378,9 @@ def test_what_is_shown_of_a_model_has_no_key(world: World) -> None:
     shown = world.get("rita", "/v1/models/adult/versions/1")
     assert "sealed" not in shown
     assert not any("key" in name for name in shown)
-    assert math.isfinite(shown["metrics"]["holdout_accuracy"])
+    metrics = shown["metrics"]
+    assert (metrics["histogram"], metrics["evaluation_epsilon"]) == (HISTOGRAM, 0.2)
+    assert metrics["holdout_accuracy"] == metrics["accuracy"]["value"]
 
 
 def test_two_people_with_one_key_cannot_be_made_into_two_votes(world: World) -> None:

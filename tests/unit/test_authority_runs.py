@@ -13,6 +13,7 @@ from authority_world import (
     CODE,
     DELTA,
     EPSILON,
+    HISTOGRAM,
     NODE,
     STEPS,
     URL,
@@ -236,7 +237,7 @@ def test_a_run_that_has_ended_gets_nothing_more(world: World, end: str) -> None:
         ("checkpoints", world.checkpoint_body(run, 3)),
         ("progress", {"attempt": 1, "steps_done": 1, "rows_per_s": 1.0}),
         ("model", {"manifest": "e30=", "model_sha256": "0" * 64, "blob": f"models/{run}/x", "blob_sha256": "0" * 64,
-                   "holdout_accuracy": 0.5, "audit": AUDIT}),
+                   "evaluation": HISTOGRAM, "audit": AUDIT}),
     ):  # fmt: skip
         before = world.content()
         world.refused(409, run, "POST", f"/v1/runs/{run}/{path}", body)

@@ -10,7 +10,7 @@ import pytest
 
 import clinic
 from authority_world import CODE, Person, World, training_spec
-from cloister.authority.costs import evaluation_epsilon, for_rows
+from cloister.authority.costs import for_rows
 from cloister.canonical import unb64
 from cloister.privacy import accounting
 from cloister.privacy.plan import make_plan
@@ -53,7 +53,7 @@ def test_rows_that_were_trained_on_and_held_out_cost_both() -> None:
     )
     mechanism = plan.noise_multiplier, plan.sample_rate, plan.steps, plan.delta
     one, five = plan.epsilon_certified, accounting.prv_epsilon(*mechanism, 5)
-    evaluation = evaluation_epsilon(run.plan)
+    evaluation = plan.evaluation_epsilon
     assert five == pytest.approx(20.9, abs=0.2)
     for (trained, held_out), expected in {
         (1, 0): one, (0, 1): one, (0, 4): 4 * evaluation, (1, 1): one + evaluation, (5, 0): five,

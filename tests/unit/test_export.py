@@ -1,9 +1,6 @@
-"""The exported model is the trained one, whole and clean; the holdout accuracy is private."""
+"""The exported model is the trained one, whole and clean."""
 
 from __future__ import annotations
-
-import math
-import random
 
 import numpy as np
 import onnx
@@ -58,35 +55,3 @@ def test_a_file_that_computes_something_else_is_not_returned(model: nn.Module, m
     monkeypatch.setattr(export, "_run", lambda _content, x: np.full((len(x), 3), 1 / 3, dtype=np.float32))
     with pytest.raises(IntegrityError, match="differs"):
         export.to_onnx(model, 11)
-
-
-def test_the_exact_count_is_right(model: nn.Module) -> None:
-    x = torch.rand((50, 11))
-    with torch.no_grad():
-        y = model(x).argmax(dim=1)
-    assert export.evaluate(model, x, y) == 50
-    assert export.evaluate(model, x, (y + 1) % 3) == 0
-
-
-@pytest.mark.parametrize("rows_per_unit", [1, 4])
-def test_the_noise_of_the_count_is_two_sided_geometric(rows_per_unit: int) -> None:
-    epsilon, draws, rows = 0.5, 40_000, 10_000
-    source = random.Random(1)  # noqa: S311 - a test's own randomness
-    accuracies = [
-        export.private_accuracy(5000, rows, epsilon, source, rows_per_unit=rows_per_unit) for _ in range(draws)
-    ]
-    noise = np.array([round(accuracy * rows) - 5000 for accuracy in accuracies])
-    alpha = math.exp(-epsilon / rows_per_unit)  # a unit moves the count by all of its rows
-    for value in range(-4, 5):
-        expected = (1 - alpha) / (1 + alpha) * alpha ** abs(value)
-        assert abs((noise == value).mean() - expected) < 5 * math.sqrt(expected / draws)
-
-
-def test_accuracy_stays_a_share_and_is_drawn_from_the_system_by_default() -> None:
-    assert all(0.0 <= export.private_accuracy(0, 10, 0.1) <= 1.0 for _ in range(50))
-    assert len({export.private_accuracy(500, 1000, 0.1) for _ in range(50)}) > 5
-    for wrong in ((11, 10, 1.0), (-1, 10, 1.0), (1, 10, 0.0), (0, 0, 1.0), (1, 10, math.inf)):
-        with pytest.raises(ValueError, match="out of range"):
-            export.private_accuracy(*wrong)
-    with pytest.raises(ValueError, match="out of range"):
-        export.private_accuracy(1, 10, 1.0, rows_per_unit=0)

@@ -242,7 +242,7 @@ def create_app(authority: Authority) -> FastAPI:
     @route("POST", "/runs/{run}/model")
     def register_model(c: Who, run: Name, body: TrainedModel) -> Any:
         return models.register(
-            c, run, unb64(body.manifest), body.model_sha256, body.blob, body.blob_sha256, body.holdout_accuracy,
+            c, run, unb64(body.manifest), body.model_sha256, body.blob, body.blob_sha256, body.evaluation,
             body.audit.model_dump(),
         )  # fmt: skip
 

@@ -17,7 +17,7 @@ from sqlalchemy import Connection, insert, select, update
 
 from cloister.authority import ledger_seals, resources
 from cloister.authority.core import Action, Caller, Core
-from cloister.authority.costs import again, evaluation_epsilon, rest_of, resumes_from, settle
+from cloister.authority.costs import again, rest_of, resumes_from, settle
 from cloister.authority.data import brief, keys_of, require_live
 from cloister.authority.data import load as load_dataset
 from cloister.authority.key_use import MODELS, dataset_key, key_context, model_key_context
@@ -126,7 +126,6 @@ class Attempts:
             "spec": row.spec,
             "plan": row.plan,
             "blobs": self._stores.for_region(row.attributes["region"]).url,
-            "evaluation_epsilon": evaluation_epsilon(row.plan),
             "seal_context": model_seal_context(run),
             "checkpoint_context": checkpoint_seal_context(run),
         }

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validat
 from cloister.authority.nodes import MAX_ASSURANCE
 from cloister.datasets.erasure import Reason
 from cloister.policy.decide import MAX_SITE_CHARACTERS
+from cloister.privacy.evaluation import MOST_BINS
 from cloister.privacy.spec import TrainingSpec
 
 MAX_FIELDS = 32
@@ -36,6 +37,9 @@ FileRef = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}/[a-z0-9-]{1,40}/[a-z]{
 OneTimeKey = Annotated[str, Field(max_length=64)]  # base64 of an X25519 key
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 CodeDigest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
+NoisyCount = Annotated[int, Field(ge=-(2**53), le=2**53)]
+RightOrWrong = Annotated[list[Annotated[list[NoisyCount], Field(min_length=1, max_length=MOST_BINS)]],
+                         Field(min_length=2, max_length=2)]  # fmt: skip
 Word = Annotated[str, Query(max_length=300)]
 Size = Annotated[int, Field(ge=0, le=2**53)]
 Budgeted = Annotated[float, Field(ge=-1e9, le=1e9, allow_inf_nan=False)]  # what a budget may be is told by `data.py`
@@ -259,7 +263,8 @@ class TrainedModel(Body):
     model_sha256: Sha256
     blob: Annotated[str, Field(max_length=300)]
     blob_sha256: Sha256
-    holdout_accuracy: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+    evaluation: Annotated[list[RightOrWrong], Field(min_length=1, max_length=100_000)]
+    """A noisy histogram [labels, 2, bins]: `cloister.privacy.evaluation`."""
     audit: Audit
 
 

@@ -58,5 +58,5 @@ def _assumptions(plan: Mapping[str, Any]) -> list[str]:
         "Each step adds fresh Gaussian noise, from a cryptographic generator whose keys are stored nowhere.",
         "A row adds a gradient of at most the clipping norm; the average is by the expected size of a batch.",
         "The workers of the run trust each other and see each other's noisy sums; all others see their sum only.",
-        "The holdout accuracy is of rows that nobody trains on, and has an epsilon of its own.",
+        "The evaluation is of rows that nobody trains on, and has an epsilon of its own.",
     ]

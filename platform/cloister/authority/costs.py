@@ -24,7 +24,6 @@ from cloister.privacy.spec import TrainingSpec
 _ACCOUNTING = threading.Lock()
 _PLANS = threading.BoundedSemaphore(4)  # who waits for a plan holds a thread of the server's
 _MOST_ROWS = 1000  # of a person
-EVALUATION_EPSILON = 1.0
 MAX_STEPS = 50_000  # accounting for this many takes up to 10 s of a core, inside one request
 
 
@@ -47,7 +46,7 @@ def plan_for(spec: TrainingSpec, manifest: DatasetManifest) -> PrivacyPlan:
         with _ACCOUNTING:
             return _cached_plan(
                 spec.privacy.epsilon, spec.privacy.delta, spec.privacy.max_grad_norm, spec.training.epochs,
-                spec.training.expected_batch_size, rows, rows_per_unit, spec.training.retries,
+                spec.training.expected_batch_size, rows, rows_per_unit, spec.training.retries, spec.privacy.evaluation,
             )  # fmt: skip
     finally:
         _PLANS.release()
@@ -56,13 +55,14 @@ def plan_for(spec: TrainingSpec, manifest: DatasetManifest) -> PrivacyPlan:
 @lru_cache(maxsize=64)
 def _cached_plan(
     epsilon: float, delta: float, max_grad_norm: float, epochs: float, expected_batch_size: int, rows: int,
-    rows_per_unit: int, retries: int,
+    rows_per_unit: int, retries: int, evaluation_epsilon: float,
 ) -> PrivacyPlan:  # fmt: skip
     return make_plan(
         epsilon=epsilon, delta=delta, max_grad_norm=max_grad_norm, epochs=epochs,
         expected_batch_size=expected_batch_size, rows=rows, rows_per_unit=rows_per_unit,
         # A death costs the block that was open, or all there is.
         redo_steps=retries * min(BLOCK_STEPS, planned_steps(epochs, expected_batch_size, rows)),
+        evaluation_epsilon=evaluation_epsilon,
     )  # fmt: skip
 
 
@@ -82,7 +82,8 @@ def replacing(plan: dict[str, Any], steps: int) -> float | None:
     known = PrivacyPlan.from_dict(plan)
     if known.rows_per_unit > 1:
         return None
-    return accounting.replacing_epsilon(known.noise_multiplier, known.sample_rate, steps, known.delta)
+    mechanism = known.noise_multiplier, known.sample_rate, steps, known.delta
+    return max(accounting.replacing_epsilon(*mechanism), 2 * known.evaluation_epsilon)
 
 
 def for_rows(run: Any, trained: int, held_out: int) -> tuple[float, float]:
@@ -102,12 +103,7 @@ def for_rows(run: Any, trained: int, held_out: int) -> tuple[float, float]:
         together = accounting.prv_of_unit(*mechanism, near=trained * one) if trained <= _MOST_ROWS else math.inf
     if math.isinf(together):
         return (trained + held_out) * one, 1.0
-    return together + held_out * evaluation_epsilon(run.plan), delta
-
-
-def evaluation_epsilon(plan: dict[str, Any]) -> float:
-    """The epsilon of publishing the holdout accuracy. No unit is trained on too, so it composes in parallel."""
-    return min(EVALUATION_EPSILON, float(plan["epsilon"]))
+    return together + held_out * plan.evaluation_epsilon, delta
 
 
 def settle(plan: dict[str, Any], steps: int) -> tuple[float, float]:
@@ -118,7 +114,7 @@ def settle(plan: dict[str, Any], steps: int) -> tuple[float, float]:
     if steps == 0:
         return 0.0, 0.0
     known = PrivacyPlan.from_dict(plan)
-    whole = max(known.epsilon_certified, evaluation_epsilon(plan))
+    whole = max(known.epsilon_certified, known.evaluation_epsilon)
     if steps == known.steps:
         return whole, known.delta
     epsilon = accounting.certified(accounts(plan, steps))

@@ -10,19 +10,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from sqlalchemy import Connection, func, insert, select, update
 
 from cloister.authority import ledger_seals, resources
 from cloister.authority.approvals import Approvals
 from cloister.authority.certified import privacy_of
 from cloister.authority.core import Action, Caller, Core
-from cloister.authority.costs import accounts, evaluation_epsilon, replacing, settle
+from cloister.authority.costs import accounts, replacing, settle
 from cloister.authority.data import load as load_dataset
 from cloister.authority.key_use import MODELS, RELEASE, model_key_context
 from cloister.authority.runs import load as load_run
 from cloister.authority.runs import standing
 from cloister.canonical import b64, canonical_json, sha256_hex
 from cloister.datasets.manifest import DatasetManifest
+from cloister.datasets.schema import DatasetSchema
 from cloister.errors import ConflictError, InputError, IntegrityError, NotFoundError
 from cloister.models.manifest import MANIFEST_FILE, MODEL_FILE, ModelManifest
 from cloister.models.release import (
@@ -32,6 +34,7 @@ from cloister.models.release import (
     model_seal_context,
     provenance_digest,
 )
+from cloister.privacy.plan import PrivacyPlan
 from cloister.privacy.spec import TrainingSpec
 from cloister.sealing import purposes
 from cloister.sealing.lease import seal_to
@@ -51,15 +54,17 @@ class Models:
 
     def register(
         self, caller: Caller, run: str, manifest_bytes: bytes, model_sha256: str, blob: str, blob_sha256: str,
-        holdout_accuracy: float, audit: Mapping[str, Any],
+        evaluation: list[list[list[int]]], audit: Mapping[str, Any],
     ) -> dict[str, Any]:  # fmt: skip
         """Register what a run made as a candidate, and settle the run's charge.
 
-        The accuracy, and what its audits saw, the worker may state; everything else is the authority's own knowledge.
+        A noisy histogram of its evaluation, and what its audits saw, the worker may state; everything else is the
+        authority's own knowledge.
 
         Raises:
             ConflictError: the run is not training, or it has steps left.
-            InputError: the manifest is not about this run, or the blob is not in its folder.
+            InputError: the manifest is not about this run, the blob is not in its folder, or the histogram has another
+                shape than the run's evaluation.
             IntegrityError: the audits falsify the run's epsilon, or the store has another model.
         """
         with self._core.reading(caller, "run:work") as asked:
@@ -88,11 +93,7 @@ class Models:
             bundle = oms.sign_model(name, files, release_key)
             root = oms.verify_model(bundle, files, release_key.public_key())
             epsilon, delta = settle(row.plan, row.steps_committed)
-            metrics = {
-                "holdout_accuracy": holdout_accuracy,
-                "holdout_rows": self._holdout_rows(act.connection, row),
-                "evaluation_epsilon": evaluation_epsilon(row.plan),
-            }
+            metrics = self._evaluated(act.connection, row, spec.label, evaluation)
             provenance = _provenance(act, row, name, root, metrics, privacy_of(row, audit))
             act.details.update(model=f"{name}@{version}", root=root, epsilon_charged=epsilon)
             act.connection.execute(
@@ -126,8 +127,20 @@ class Models:
                 )  # fmt: skip
         return {"model": f"{name}@{version}", "root_digest": root}
 
-    def _holdout_rows(self, connection: Connection, run: Any) -> int:
-        return DatasetManifest.parse(load_dataset(connection, run.dataset, run.version).manifest).rows("holdout")
+    def _evaluated(
+        self, connection: Connection, run: Any, label: str, counts: list[list[list[int]]]
+    ) -> dict[str, Any]:  # fmt: skip
+        """What a noisy histogram says, and what it is of."""
+        manifest = DatasetManifest.parse(load_dataset(connection, run.dataset, run.version).manifest)
+        labels = DatasetSchema.from_mapping(manifest.dataset_schema).column(label).values or ()
+        evaluation = PrivacyPlan.from_dict(run.plan).evaluation(len(labels), manifest.rows("holdout"))
+        if {len(bins) for sides in counts for bins in sides} != {evaluation.bins} or len(counts) != len(labels):
+            raise InputError("this is no histogram of the run's evaluation", "register what the run's own code made")
+        figures = evaluation.figures(np.array(counts, dtype=np.int64), labels)
+        return {
+            "holdout_accuracy": figures["accuracy"]["value"], "holdout_rows": evaluation.rows,
+            "evaluation_epsilon": evaluation.epsilon, "histogram": counts, **figures,
+        }  # fmt: skip
 
     def _next_version(self, connection: Connection, name: str) -> int:
         query = select(func.coalesce(func.max(models.c.version), 0)).where(models.c.name == name)

@@ -48,6 +48,8 @@ class Runs:
         plan = plan_for(spec, manifest)
         with self._core.database.reading() as connection:
             budget = budget_state(connection, manifest.name)
+        schema = DatasetSchema.from_mapping(manifest.dataset_schema)
+        evaluation = plan.evaluation(len(schema.column(spec.label).values or ()), manifest.rows("holdout"))
         return {
             "spec": spec.to_dict(),
             "plan": plan.to_dict(),
@@ -56,8 +58,9 @@ class Runs:
             "affordable": affordable(budget, plan.epsilon, plan.delta),
             "approvals": self._approvals_needed(resource),
             "owner": row.owner,
-            "holdout_rows": manifest.rows("holdout"),
-            "unit": unit_of(DatasetSchema.from_mapping(manifest.dataset_schema)),
+            "holdout_rows": evaluation.rows,
+            "evaluation_noise": evaluation.noise_of_accuracy,
+            "unit": unit_of(schema),
             "columns": [column.name for column in columns_of(spec, manifest)[0]],
         }
 

@@ -11,6 +11,8 @@ from cloister.cli import output
 from cloister.cli.context import Context, common
 from cloister.errors import ConflictError, IntegrityError
 
+MOST_LABELS = 20
+
 
 def _reference(text: str) -> tuple[str, int]:
     from cloister.datasets.manifest import parse_reference
@@ -57,11 +59,11 @@ def show(context: Context, name: str) -> None:
         "privacy": f"epsilon {made['privacy']['epsilon']:.4f}, delta {made['privacy']['delta']:g} "
                    f"for a unit of at most {made['privacy']['plan'].get('rows_per_unit', 1):,} row(s)"
                    + _replaced(made["privacy"]),
-        "accuracy": f"{metrics['holdout_accuracy']:.4f} on {metrics['holdout_rows']:.0f} holdout rows "
-                    f"(itself epsilon {metrics['evaluation_epsilon']:g})",
+        **_evaluation(metrics),
         **_proof(made["privacy"], made["spec"]["privacy"].get("engine", "bookkeeping")),
         "code": made["code_digest"], "root digest": shown["root_digest"], "assurance": made["assurance"],
     })  # fmt: skip
+    _tables(metrics)
     for assumption in made["privacy"].get("assumptions", ()):
         output.say(f"Assumed: {assumption}")
     for flag in shown["flags"]:
@@ -84,6 +86,40 @@ def made_from(shown: dict[str, Any]) -> dict[str, Any]:
 def _replaced(privacy: dict[str, Any]) -> str:
     replacing = privacy.get("epsilon_replacing")
     return "" if replacing is None else f", and epsilon {replacing:.4f} for a row that is replaced by another"
+
+
+def _evaluation(metrics: dict[str, Any]) -> dict[str, str]:
+    on = f"on {metrics['holdout_rows']:,} held-out rows (itself epsilon {metrics['evaluation_epsilon']:g})"
+    if "histogram" not in metrics:  # of before there was more than one number
+        return {"accuracy": f"{metrics['holdout_accuracy']:.4f} {on}"}
+    facts = {"accuracy": f"{_share(metrics['accuracy'])} {on}",
+             "  balanced": f"{_share(metrics['balanced_accuracy'])}, the mean over labels"}  # fmt: skip
+    if metrics["auroc"]:
+        facts["  AUROC"] = _share(metrics["auroc"])
+    return facts
+
+
+def _share(told: dict[str, Any]) -> str:
+    if told["value"] is None:
+        return "hidden by the noise"
+    return f"{told['value']:.4f} ({told['low']:.3f} to {told['high']:.3f})"
+
+
+def _tables(metrics: dict[str, Any]) -> None:
+    """What is worth a table: accuracy by label, the worst first, and by confidence."""
+    if "histogram" not in metrics:
+        return
+    by_label = sorted(metrics["by_label"], key=lambda each: (each["value"] is None, each["value"]))
+    output.say()
+    output.table(("label", "accuracy (95 %)"), [(each["label"], _share(each)) for each in by_label[:MOST_LABELS]],
+                 empty="")  # fmt: skip
+    if len(by_label) > MOST_LABELS:
+        output.say(f"The {MOST_LABELS} worst of {len(by_label):,} labels; --json has all.")
+    rows = [
+        (f"{each['from']:.3f} to {each['to']:.3f}", f"{each['rows']:,}", _share(each), each["verdict"])
+        for each in metrics["calibration"]
+    ]
+    output.table(("confidence", "rows, about", "accuracy (95 %)", ""), rows, empty="")
 
 
 def _proof(privacy: dict[str, Any], engine: str) -> dict[str, str]:

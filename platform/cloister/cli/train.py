@@ -21,6 +21,7 @@ from cloister.training.run import RunFolder
 
 POLL_S = 0.4
 LINE_S = 2.0
+TOO_NOISY = 0.05  # what the evaluation's noise may move the accuracy by, before a plan says so
 CLUSTER_TIMEOUT_S = 90.0
 
 
@@ -55,12 +56,19 @@ def plan(context: Context, spec: Path) -> None:
         "if workers die": f"at most epsilon {p['epsilon_at_most']:.4f}, for up to {p['redo_steps']:,} steps again",
         "protects": f"{output.unit(shown['unit'])}: whether it is in the data at all",
         **_replaced(p),
+        "evaluation": f"epsilon {p['evaluation_epsilon']:g} for rows that are held out, not trained on; noise moves "
+                      f"the accuracy by up to about {100 * shown['evaluation_noise']:.1f} points",
         "noise multiplier": p["noise_multiplier"],
         "steps": f"{p['steps']} at sample rate {p['sample_rate']:.5f}, clipping norm {p['max_grad_norm']:g}",
         "budget": f"epsilon {shown['budget_before']:.3f} before, {shown['budget_after']:.3f} after",
         "verdict": _verdict(shown),
         "approvals": approvals,
     })  # fmt: skip
+    if shown["evaluation_noise"] > TOO_NOISY and p["evaluation_epsilon"] < p["epsilon"]:
+        output.say(
+            "The evaluation will tell little. Raise privacy.evaluation_epsilon, to as much as epsilon: the run then "
+            "costs no more, since nobody's rows are both trained on and held out."
+        )
     output.say("No data was touched." + (f" Next: cloister train submit {spec}" if shown["affordable"] else ""))
 
 

@@ -66,7 +66,6 @@ class TrainingLease:
     blobs: str
     seal_context: dict[str, str]
     checkpoint_context: dict[str, str]
-    evaluation_epsilon: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -284,7 +283,6 @@ class AuthorityClient:
             blobs=answer["blobs"],
             seal_context=answer["seal_context"],
             checkpoint_context=answer["checkpoint_context"],
-            evaluation_epsilon=answer["evaluation_epsilon"],
         )
 
     # ---- a replica's work: `cloister.serving.replica.Authority` ----

@@ -10,5 +10,7 @@ clipping     per-row clipped gradients, and `opacus_engine`, the second engine
 microbatch   rows that do not depend on each other, tried on the device
 grid         sums and noise in whole units; `blocks` of rows
 noise        Gaussian noise
+evaluation   the noisy histogram of a model's evaluation, and what follows from it; `geometric` noise
+rowwise      what a model gives of each row, whatever is beside it
 auditing     what attacks on a run tell of its epsilon
 """

@@ -18,6 +18,7 @@ from typing import Any, Self
 
 from cloister.errors import InputError
 from cloister.privacy import accounting
+from cloister.privacy.evaluation import DEFAULT_EPSILON, Evaluation
 
 BLOCK_STEPS = 50
 """How many steps are committed to the ledger at once: what one death of a worker costs at most."""
@@ -44,6 +45,9 @@ class PrivacyPlan:
     epsilon_replacing: float | None = None
     """What holds of a row that is replaced by another, where epsilon holds of one that is there or not. None where a
     unit has several rows."""
+    evaluation_epsilon: float = DEFAULT_EPSILON
+    """Of the noisy histogram of how the model does on rows that are held out. No unit of theirs is trained on, so a run
+    costs the larger of this and `epsilon_certified`."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.sample_rate <= 1.0:
@@ -57,6 +61,8 @@ class PrivacyPlan:
             )
         if not self.epsilon_certified <= self.epsilon:  # no number is refused too
             raise InputError("the plan costs more than its epsilon", "make the plan again")
+        if not 0.0 < self.evaluation_epsilon <= self.epsilon:
+            raise InputError("the epsilon of the evaluation is positive, and not more than the plan's", "lower it")
         if self.redo_steps < 0 or not math.isfinite(self.epsilon_at_most):
             raise InputError("the steps that may be run again, and what they cost, are finite", "make the plan again")
         object.__setattr__(self, "epsilon_at_most", max(self.epsilon_at_most, self.epsilon))
@@ -70,6 +76,10 @@ class PrivacyPlan:
     def epochs(self) -> float:
         """Expected number of times that a row is used."""
         return self.sample_rate * self.steps
+
+    def evaluation(self, labels: int, rows: int) -> Evaluation:
+        """The evaluation on so many held-out rows, of so many labels."""
+        return Evaluation(labels=labels, rows=rows, epsilon=self.evaluation_epsilon, rows_per_unit=self.rows_per_unit)
 
     def accounts_after(self, steps: int) -> dict[str, float]:
         """What each accountant says once this many steps have been released, redone ones counted again."""
@@ -85,9 +95,11 @@ class PrivacyPlan:
         Raises:
             InputError: a field is missing, unknown or of the wrong type.
         """
-        # Plans of before there were units, and retries, have none.
-        plan = {"rows_per_unit": 1, "redo_steps": 0, "epsilon_at_most": values.get("epsilon"),
-                "epsilon_replacing": None, **values}  # fmt: skip
+        # Plans of before there were units, and retries, have none; their evaluations cost 1, or a smaller epsilon.
+        epsilon = values.get("epsilon")
+        evaluation = min(1.0, epsilon) if isinstance(epsilon, int | float) else 1.0
+        plan = {"rows_per_unit": 1, "redo_steps": 0, "epsilon_at_most": epsilon,
+                "epsilon_replacing": None, "evaluation_epsilon": evaluation, **values}  # fmt: skip
         if set(plan) != {field.name for field in fields(cls)}:
             raise InputError("this is not a privacy plan", "make the plan again with `cloister train plan`")
         for name, value in plan.items():
@@ -110,10 +122,12 @@ def make_plan(
     rows: int,
     rows_per_unit: int = 1,
     redo_steps: int = 0,
+    evaluation_epsilon: float = DEFAULT_EPSILON,
 ) -> PrivacyPlan:
     """The plan for these spec fields over `rows` training rows, of which one unit owns up to `rows_per_unit`.
 
-    The noise is that for the planned steps; `redo_steps` more, should they be needed, cost more epsilon.
+    The noise is that for the planned steps; `redo_steps` more, should they be needed, cost more epsilon. The evaluation
+    costs no more than `epsilon`.
 
     Raises:
         InputError: the fields do not fit the number of rows or no noise reaches the target.
@@ -127,6 +141,7 @@ def make_plan(
         raise InputError(
             "delta is at least 1/rows, which allows publishing a row outright", f"choose delta below {1.0 / rows:.1e}"
         )
+    evaluation_epsilon = min(evaluation_epsilon, epsilon)
     sample_rate = expected_batch_size / rows
     steps = planned_steps(epochs, expected_batch_size, rows)
     noise_multiplier = accounting.noise_multiplier_for(epsilon, delta, sample_rate, steps, rows_per_unit)
@@ -143,8 +158,11 @@ def make_plan(
         redo_steps=redo_steps,
         epsilon_at_most=accounting.epsilon(noise_multiplier, sample_rate, steps + redo_steps, delta, rows_per_unit),
         epsilon_replacing=(
-            accounting.replacing_epsilon(noise_multiplier, sample_rate, steps, delta) if rows_per_unit == 1 else None
+            max(accounting.replacing_epsilon(noise_multiplier, sample_rate, steps, delta), 2 * evaluation_epsilon)
+            if rows_per_unit == 1
+            else None
         ),
+        evaluation_epsilon=evaluation_epsilon,
     )
 
 

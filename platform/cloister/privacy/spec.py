@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError, model_validator
 
 from cloister.errors import InputError
+from cloister.privacy.evaluation import DEFAULT_EPSILON
 from cloister.validation import first_problem
 
 MAX_EPSILON = 20.0  # beyond, it promises nothing
@@ -60,6 +61,18 @@ class PrivacySpec(_Part):
     delta: Annotated[float, Field(ge=MIN_DELTA, lt=1.0)]
     max_grad_norm: Annotated[float, Field(gt=1e-6, le=1e6)] = 1.0
     engine: Literal["bookkeeping", "opacus"] = "bookkeeping"
+    evaluation_epsilon: Annotated[float, Field(ge=0.001, le=MAX_EPSILON)] | None = None
+    """Of the evaluation on rows that are held out; `evaluation.DEFAULT_EPSILON`, or a smaller epsilon, by default."""
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        if self.evaluation_epsilon is not None and self.evaluation_epsilon > self.epsilon:
+            raise ValueError("evaluation_epsilon is not more than epsilon")
+        return self
+
+    @property
+    def evaluation(self) -> float:
+        return self.evaluation_epsilon or min(DEFAULT_EPSILON, self.epsilon)
 
 
 class OptimizationSpec(_Part):

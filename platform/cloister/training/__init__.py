@@ -2,7 +2,8 @@
 
 architectures   the models that a spec can name
 loop            DP-SGD on one rank, in plain torch
-export          ONNX and the private holdout accuracy
+export          ONNX
+evaluation      how the model does on rows that were held out
 worker          the loop inside a Ray Train worker: lease, open, train, seal
 driver          the Ray job that starts the workers
 """

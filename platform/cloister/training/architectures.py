@@ -1,4 +1,4 @@
-# ruff: noqa: N803, N806 - the letters after a tensor's name are its shape
+# ruff: noqa: N803 - the letters after a tensor's name are its shape
 """The models that a spec can name.
 
 Guarantees: the same map, sizes and seed give bit-identical initial weights on every rank, without touching torch's
@@ -24,10 +24,11 @@ import torch
 from torch import nn
 
 from cloister.errors import InputError
+from cloister.privacy.rowwise import RowWise
 from cloister.training.scattering import MIN_SIDE, Scattering
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "silu": nn.SiLU}
-_ROWS_AT_ONCE = 128  # pictures whose intermediate channels fit into a cache
+_ROWS_AT_ONCE = 64  # pictures whose intermediate channels fit into a cache
 
 
 def seed_of(run: str) -> int:
@@ -76,15 +77,15 @@ def trainable_part(model: nn.Module) -> nn.Module:
 
 
 def fixed_features(model: nn.Module, x_ND: torch.Tensor) -> torch.Tensor:
-    """[N, F]: what `trainable_part(model)` takes, row by row; `x_ND` itself where nothing is fixed."""
+    """[N, F]: what `trainable_part(model)` takes, to the same bits whatever rows are beside one; `x_ND` itself where
+    nothing is fixed.
+
+    Raises:
+        InputError: this device computes a row otherwise beside others.
+    """
     if not isinstance(model, OnFixedFeatures):
         return x_ND
-    features_NF = x_ND.new_empty((len(x_ND), model.features.outputs))
-    with torch.no_grad():
-        for start in range(0, len(x_ND), _ROWS_AT_ONCE):
-            rows = slice(start, start + _ROWS_AT_ONCE)
-            features_NF[rows] = model.features(x_ND[rows])
-    return features_NF
+    return RowWise(model.features, model.features, x_ND[:1], _ROWS_AT_ONCE)(x_ND)
 
 
 def _scattering(image: object, width: int) -> Scattering:

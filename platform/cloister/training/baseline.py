@@ -22,7 +22,6 @@ from cloister.datasets.ingest import read_table
 from cloister.datasets.schema import DatasetSchema
 from cloister.privacy.spec import TrainingSpec
 from cloister.training.architectures import build_model
-from cloister.training.export import evaluate
 
 # Chosen for this side's best: on Adult its holdout accuracy is flat from the fifth epoch on.
 EPOCHS, BATCH, LEARNING_RATE = 10, 512, 1e-3
@@ -63,7 +62,9 @@ def main() -> int:
         order = torch.from_numpy(np.random.default_rng(seed).permutation(len(x)))
         model = build_model(spec.model.model_dump(mode="json"), x.shape[1], classes, seed)
         train_without_privacy(model, x[order[held:]], y[order[held:]], seed)
-        accuracies.append(evaluate(model, x[order[:held]], y[order[:held]]) / held)
+        with torch.no_grad():
+            right = model(x[order[:held]]).argmax(1) == y[order[:held]]
+        accuracies.append(float(right.double().mean()))
     sys.stdout.write(json.dumps({"accuracy": statistics.mean(accuracies), "splits": SPLITS}) + "\n")
     return 0
 

@@ -1,7 +1,7 @@
 """What one rank does in one attempt, from its lease to its last step. Plain Python and torch: Ray is nowhere in here.
 
 Guarantees: rows are in clear only in this process, only while it works; only noisy sums, step counts and one noisy
-accuracy leave; the model and its checkpoints leave sealed; what resumes from a checkpoint has the authority's word
+histogram leave; the model and its checkpoints leave sealed; what resumes from a checkpoint has the authority's word
 that it is the run's newest, and draws new randomness: none is in it.
 
     1. attempt   rank 0 opens the next one, which ends the one before; all learn from where it goes on
@@ -12,7 +12,7 @@ that it is the run's newest, and draws new randomness: none is in it.
                  costs
     5. resume    if there is a checkpoint: fetch, compare digests, open, restore, on every rank
     6. train     DP-SGD; blocks of steps on record before their noise exists; a sealed checkpoint after each
-    7. publish   rank 0: holdout accuracy with noise, what canaries tell of the model, ONNX, seal, upload, register;
+    7. publish   rank 0: evaluation with noise, what canaries tell of the model, ONNX, seal, upload, register;
                  the checkpoints go
 
 Canaries are invented rows of noise, drawn by a secret of the run (`audit.py`); rank 0 trains on half of them, beside
@@ -34,6 +34,7 @@ from cloister.canonical import b64, canonical_json, sha256_hex
 from cloister.client.authority import Attempt, AuthorityClient, Checkpoint, TrainingLease
 from cloister.errors import IntegrityError, UnavailableError, from_dict
 from cloister.models.manifest import ModelManifest
+from cloister.privacy.evaluation import Counts
 from cloister.privacy.keystream import fresh_secret
 from cloister.privacy.plan import BLOCK_STEPS, PrivacyPlan
 from cloister.process import describe
@@ -42,10 +43,11 @@ from cloister.stores.blobs import open_blobs
 from cloister.training import checkpoint
 from cloister.training.architectures import build_model, fixed_features, seed_of, trainable_part
 from cloister.training.audit import RunAudit
-from cloister.training.export import evaluate, private_accuracy, to_onnx
+from cloister.training.evaluation import Evaluator
+from cloister.training.export import to_onnx
 from cloister.training.loop import make_optimizer, train
 from cloister.training.rehearsal import rehearse
-from cloister.training.rows import Opened, Rows
+from cloister.training.rows import Rows
 
 PROGRESS_INTERVAL_S = 0.5
 
@@ -96,7 +98,7 @@ def work(
             plan, model, rows.encoder.width, len(rows.labels), run=run, secret=lease.checkpoint_key, engine=engine
         )
         opened = audit.canaries.among(opened)
-        holdout = rows.load("holdout")
+        holdout, evaluator = rows.load("holdout"), Evaluator(model, rows.encoder.width)
         if attempt.checkpoint is None:
             to_onnx(model, rows.encoder.width)
     optimizer = make_optimizer(learner, rows.spec.training.optimizer, rows.spec.training.learning_rate)
@@ -122,7 +124,11 @@ def work(
         block_steps=block_steps,
         engine=engine,
     )
-    return _publish(authority, run, attempt, lease, rows, plan, model, holdout, audit) if audit else None  # 7
+    if audit is None:
+        return None
+    evaluation = plan.evaluation(len(rows.labels), rows.manifest.rows("holdout"))  # 7
+    histogram = evaluation.released(evaluator(evaluation, holdout.x, holdout.y))
+    return _publish(authority, run, attempt, lease, rows, model, histogram, audit)
 
 
 def _from_rank_0(group: Group, act: Callable[[], Any]) -> Any:
@@ -225,15 +231,9 @@ def _reporter(authority: AuthorityClient, run: str, attempt: Attempt, plan: Priv
 
 
 def _publish(
-    authority: AuthorityClient, run: str, attempt: Attempt, lease: TrainingLease, rows: Rows, plan: PrivacyPlan,
-    model: torch.nn.Module, holdout: Opened, audit: RunAudit,
+    authority: AuthorityClient, run: str, attempt: Attempt, lease: TrainingLease, rows: Rows, model: torch.nn.Module,
+    histogram: Counts, audit: RunAudit,
 ) -> dict[str, Any]:  # fmt: skip
-    accuracy = private_accuracy(
-        evaluate(model, holdout.x, holdout.y),
-        len(holdout.y),
-        lease.evaluation_epsilon,
-        rows_per_unit=plan.rows_per_unit,
-    )
     onnx = to_onnx(model, rows.encoder.width)
     manifest = ModelManifest(
         name=rows.spec.model_name,
@@ -255,7 +255,7 @@ def _publish(
         "model_sha256": sha256_hex(onnx),
         "blob": path,
         "blob_sha256": sha256_hex(sealed),
-        "holdout_accuracy": accuracy,
+        "evaluation": histogram.tolist(),
         "audit": audit.of(model),
     }
     registered = dict(authority.post(f"/v1/runs/{run}/model", body))
