@@ -369,6 +369,26 @@ def test_a_row_in_front_does_not_change_the_gradients_of_others(engine: str, inp
     assert float((clipped(x, y) - others).norm()) <= 1.0 + SLACK
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_model_sees_numbers_of_rows_that_were_tried_and_memory_of_its_own(engine: str) -> None:
+    case = built("mlp", 200)
+    clipped = clipping_engine(engine, case.model, fine(1.0), ClippingOptions(microbatch_rows=64))
+    seen: list[tuple[int, int]] = []
+
+    def see(_model: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        seen.append((len(inputs[0]), inputs[0].untyped_storage().data_ptr()))
+
+    case.model.register_forward_pre_hook(see)
+    clipped.ranges(case.x, case.y)
+    tried = {rows for rows, _ in seen}
+    seen.clear()
+    for rows in range(1, 200, 7):
+        clipped(case.x[:rows], case.y[:rows])
+    assert {rows for rows, _ in seen} <= tried
+    assert case.x.untyped_storage().data_ptr() not in {memory for _, memory in seen}
+    assert len(seen) >= 29, "each batch was seen"
+
+
 def test_a_word_that_a_row_repeats_moves_the_sum_of_many_by_the_bound() -> None:
     """Added one by one to a large sum, equal numbers all round the same way."""
 
