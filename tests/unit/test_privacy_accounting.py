@@ -126,6 +126,32 @@ def test_what_is_planned_is_certified_whatever_the_accountants_last_digits_do(
             replace(found, epsilon_certified=above)
 
 
+@pytest.mark.parametrize("rows_per_unit", [1, 2])
+def test_accountants_that_answer_infinity_or_nothing_do_not_end_a_search(
+    monkeypatch: pytest.MonkeyPatch, rows_per_unit: int
+) -> None:
+    """As where a grid would be too large, or all that is left is less than delta."""
+
+    def stepped(nothing: float, infinite: float) -> None:
+        for name in ("prv_epsilon", "pld_epsilon", "rdp_epsilon", "prv_of_unit"):
+            monkeypatch.setattr(
+                accounting, name,
+                lambda sigma, *_, **__: 0.0 if sigma >= nothing else math.inf if sigma < infinite else 100.0 / sigma,
+            )  # fmt: skip
+
+    for target, nothing, infinite, expected in (
+        (2.0, 20.0, 20.0, 20.0), (0.15, 500.0, 300.0, 500.0), (2.0, math.inf, 60.0, 60.0), (2.0, math.inf, 2.0, 50.0),
+        (2.0, 0.1, 0.0, 0.5),
+    ):  # fmt: skip
+        stepped(nothing, infinite)
+        found = accounting.noise_multiplier_for(target, 1e-5, 0.01, 100, rows_per_unit)
+        assert expected <= found <= expected * 1.002
+        assert accounting.epsilon(found, 0.01, 100, 1e-5, rows_per_unit) <= target
+    stepped(math.inf, math.inf)
+    with pytest.raises(InputError, match="no amount of noise"):
+        accounting.noise_multiplier_for(2.0, 1e-5, 0.01, 100, rows_per_unit)
+
+
 def test_the_bound_does_not_depend_on_which_accountant_is_right() -> None:
     for sigma, rate, steps in ((0.8, 0.01, 500), (2.0, 0.1, 200), (5.0, 0.5, 50)):
         prv = accounting.prv_epsilon(sigma, rate, steps, 1e-6)

@@ -25,6 +25,7 @@ Not promised: that the noise which was really drawn had this multiplier; the loo
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -47,6 +48,7 @@ _RDP_ROUNDING = 1e-13  # of one step: logarithms of sums near 1
 # The noise multiplier is found to three decimals, or four digits where it is 10 or more, and rounded up onto that grid.
 _MULTIPLIER_DECIMALS = 3
 _GUESSES, _WASTE = 3, 1e-3
+_FARTHEST = 1e6  # times the target: what costs more, or a millionth, is no guide to where it is reached
 _MULTIPLIER_RANGE = (0.5, 1000.0)  # below 0.5 the PRV accountant takes minutes and gigabytes
 
 
@@ -200,13 +202,13 @@ def noise_multiplier_for(
     if not 0.0 < target_epsilon < math.inf:
         raise ValueError("the target epsilon is positive and finite")
     floor, ceiling = _MULTIPLIER_RANGE[0], _MULTIPLIER_RANGE[1] * rows_per_unit
-    _check(ceiling, sample_rate, steps, delta, rows_per_unit)
+    mechanism = sample_rate, steps, delta, rows_per_unit
+    _check(ceiling, *mechanism)
 
     def roughly(multiplier: float) -> float:  # by the accountant that is quicker here
-        mechanism = (multiplier, sample_rate, steps, delta, rows_per_unit)
         if rows_per_unit == 1:
-            return pld_epsilon(*mechanism)
-        return prv_of_unit(*mechanism, near=target_epsilon)
+            return _comparable(pld_epsilon(multiplier, *mechanism), target_epsilon)
+        return _comparable(prv_of_unit(multiplier, *mechanism, near=target_epsilon), target_epsilon)
 
     # From what is surely enough (the central limit says about a quarter of it would do) downwards, in small steps: too
     # little noise is what takes long to account for, and gigabytes.
@@ -216,20 +218,25 @@ def noise_multiplier_for(
     )
     grid = 10.0 ** max(-_MULTIPLIER_DECIMALS, math.floor(math.log10(near)) - _MULTIPLIER_DECIMALS)
     least, most = math.ceil(floor / grid), math.floor(ceiling / grid + 1e-6)
-
-    def costs(place: int) -> float:  # with all that counts
-        return epsilon(round(place * grid, _MULTIPLIER_DECIMALS), sample_rate, steps, delta, rows_per_unit)
-
-    place = min(max(math.ceil(near / grid), least), most)
-    for _ in range(_GUESSES):
-        found = costs(place)
-        if found <= target_epsilon and (place == least or found >= (1 - _WASTE) * target_epsilon):
-            return round(place * grid, _MULTIPLIER_DECIMALS)
-        place = min(max(math.ceil(place * (target_epsilon / found) ** (1 / slope)), least), most)
-    smallest = _smallest(lambda place: costs(place) <= target_epsilon, place, least, most)
-    if smallest is None:
+    # Those up to `low` cost too much, as far as they were tried; `high` does not, if it is no more than `most`.
+    low, high, place = least - 1, most + 1, math.ceil(near / grid)
+    for tries in itertools.count(1):
+        place = min(max(place, low + 1), high - 1)
+        found = epsilon(round(place * grid, _MULTIPLIER_DECIMALS), *mechanism)  # with all that counts
+        low, high = (low, place) if found <= target_epsilon else (place, high)
+        if high - low == 1 or (1 - _WASTE) * target_epsilon <= found <= target_epsilon:
+            break
+        along = place * (target_epsilon / _comparable(found, target_epsilon)) ** (1 / slope)
+        place = math.ceil(along) if tries <= _GUESSES else (low + high) // 2
+    if high > most:
         raise InputError("no amount of noise reaches this epsilon", "raise epsilon or lower epochs")
-    return round(smallest * grid, _MULTIPLIER_DECIMALS)
+    return round(high * grid, _MULTIPLIER_DECIMALS)
+
+
+def _comparable(cost: float, target: float) -> float:
+    """The cost, or something on the same side of the target that a logarithm can be taken of."""
+    least, most = target / _FARTHEST, target * _FARTHEST
+    return max(cost, least) if cost <= most else most  # what is no number is too much
 
 
 def _where_it_costs(
@@ -241,7 +248,7 @@ def _where_it_costs(
     multiplier, slope = start, -1.0
     before: tuple[float, float] | None = None
     for _ in range(40):
-        found = max(cost(multiplier), 1e-9)
+        found = cost(multiplier)
         if abs(found / target - 1) < _PRV_SHARE / 3:
             break
         if before is not None and found != before[1] and multiplier != before[0]:
@@ -252,26 +259,6 @@ def _where_it_costs(
         if multiplier == before[0]:
             break
     return multiplier, slope
-
-
-def _smallest(fits: Callable[[int], bool], near: int, least: int, most: int) -> int | None:
-    """The smallest whole number that fits, if more fit than less; sought from near it, and known to fit."""
-    place, step = min(max(near, least), most), 1
-    if fits(place):
-        high = place
-        while high > least and fits(low := max(least, high - step)):
-            high, step = low, 2 * step
-        low = least - 1 if high == least else low
-    else:
-        low = place
-        while not fits(high := min(most, low + step)):
-            if high == most:
-                return None
-            low, step = high, 2 * step
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    return high
 
 
 def warm() -> None:
