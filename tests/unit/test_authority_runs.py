@@ -363,9 +363,24 @@ def test_a_finished_run_is_charged_what_is_certified(world: World) -> None:
 
 def test_no_number_of_steps_costs_more_than_the_plan(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = world.get("ed", f"/v1/runs/{world.submit()}")["plan"]
-    monkeypatch.setattr(costs, "_accounts_after", lambda *_: {"prv": EPSILON + 0.01, "pld": EPSILON})
+    monkeypatch.setattr(costs, "accounts", lambda *_: {"prv": EPSILON + 0.01, "pld": EPSILON})
     assert costs.settle(plan, STEPS - 1) == (EPSILON, DELTA)
     assert costs.settle(plan, 0) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(("asked", "accountant"), [("accounts", "accounts"), ("replacing", "replacing_epsilon")])
+def test_accounting_is_done_one_at_a_time_whatever_is_asked(
+    world: World, monkeypatch: pytest.MonkeyPatch, asked: str, accountant: str
+) -> None:
+    plan, alone = world.get("ed", f"/v1/runs/{world.submit()}")["plan"], []
+
+    def watched(*_: object) -> dict[str, float]:
+        alone.append(costs._ACCOUNTING.locked())
+        return {}
+
+    monkeypatch.setattr(costs.accounting, accountant, watched)
+    getattr(costs, asked)(plan, STEPS - 1)
+    assert alone == [True]
 
 
 # ---- people ----

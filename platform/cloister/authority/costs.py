@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -66,15 +65,10 @@ def _cached_plan(
     )  # fmt: skip
 
 
-@lru_cache(maxsize=1024)
-def _accounts_after(plan: PrivacyPlan, steps: int) -> Mapping[str, float]:
-    return plan.accounts_after(steps)
-
-
 def accounts(plan: dict[str, Any], steps: int) -> dict[str, float]:
     """What each accountant says of `steps` steps of a plan."""
     with _ACCOUNTING:
-        return dict(_accounts_after(PrivacyPlan.from_dict(plan), steps))
+        return PrivacyPlan.from_dict(plan).accounts_after(steps)
 
 
 def replacing(plan: dict[str, Any], steps: int) -> float | None:
@@ -82,8 +76,9 @@ def replacing(plan: dict[str, Any], steps: int) -> float | None:
     known = PrivacyPlan.from_dict(plan)
     if known.rows_per_unit > 1:
         return None
-    mechanism = known.noise_multiplier, known.sample_rate, steps, known.delta
-    return max(accounting.replacing_epsilon(*mechanism), 2 * known.evaluation_epsilon)
+    with _ACCOUNTING:
+        replaced = accounting.replacing_epsilon(known.noise_multiplier, known.sample_rate, steps, known.delta)
+    return max(replaced, 2 * known.evaluation_epsilon)
 
 
 def for_rows(run: Any, trained: int, held_out: int) -> tuple[float, float]:

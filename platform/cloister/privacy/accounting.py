@@ -49,6 +49,7 @@ _RDP_ROUNDING = 1e-13  # of one step: logarithms of sums near 1
 _MULTIPLIER_DECIMALS = 3
 _GUESSES, _WASTE = 3, 1e-3
 _FARTHEST = 1e6  # times the target: what costs more, or a millionth, is no guide to where it is reached
+_REMEMBERED = 1024  # results of each accountant: a plan asks for about ten, and a run for some more
 _MULTIPLIER_RANGE = (0.5, 1000.0)  # below 0.5 the PRV accountant takes minutes and gigabytes
 
 
@@ -85,7 +86,7 @@ def certified(accounts: Mapping[str, float]) -> float:
     return min(max(accounts["prv"], accounts["pld"]), accounts.get("rdp", math.inf))
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=_REMEMBERED)
 def prv_epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: float, rows_per_unit: int = 1) -> float:
     """Upper end of the interval that Opacus's PRV accountant computes."""
     mechanism = (noise_multiplier, sample_rate, steps, delta, rows_per_unit)
@@ -113,7 +114,7 @@ def prv_epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: 
         return float(accountant.get_epsilon(delta, eps_error=error, delta_error=delta_error))
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=_REMEMBERED)
 def prv_of_unit(
     noise_multiplier: float, sample_rate: float, steps: int, delta: float, rows_per_unit: int, near: float
 ) -> float:
@@ -122,7 +123,7 @@ def prv_of_unit(
     return units.prv_epsilon(*mechanism, _PRV_SHARE * near, _PRV_POINTS)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=_REMEMBERED)
 def pld_epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: float, rows_per_unit: int = 1) -> float:
     """Pessimistic estimate of dp-accounting, for adding and for removing a unit, whichever is larger."""
     from dp_accounting.pld import privacy_loss_distribution as pld
@@ -136,7 +137,7 @@ def pld_epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: 
     return _composed(one_step, steps, delta, units.spread(noise_multiplier, counts, masses) / points)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=_REMEMBERED)
 def replacing_epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: float) -> float:
     """What holds where neighbours differ by one row that is replaced by another, by dp-accounting alone: up to twice as
     much, and never less. Of units of several rows nobody computes it.
@@ -172,7 +173,7 @@ def _composed(one_step: Callable[..., Any], steps: int, delta: float, finest: fl
         interval = fitting
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=_REMEMBERED)
 def rdp_epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: float, rows_per_unit: int = 1) -> float:
     """The best of the orders. For small epsilons, where the others' errors count most, it is the least.
 
