@@ -57,8 +57,8 @@ def show(context: Context, name: str) -> None:
         "model": shown["model"], "stage": shown["stage"], "author": shown["author"], "run": shown["run"],
         "dataset": f"{made['dataset']['name']} ({made['dataset']['digest'][:23]}…)",
         "privacy": f"epsilon {made['privacy']['epsilon']:.4f}, delta {made['privacy']['delta']:g} "
-                   f"for a unit of at most {made['privacy']['plan'].get('rows_per_unit', 1):,} row(s)"
-                   + _replaced(made["privacy"]),
+                   f"for a unit of at most {made['privacy']['plan'].get('rows_per_unit', 1):,} row(s)",
+        **output.replaced(made["privacy"]),
         **_evaluation(metrics),
         **_proof(made["privacy"], made["spec"]["privacy"].get("engine", "bookkeeping")),
         "code": made["code_digest"], "root digest": shown["root_digest"], "assurance": made["assurance"],
@@ -83,11 +83,6 @@ def made_from(shown: dict[str, Any]) -> dict[str, Any]:
     return predicate
 
 
-def _replaced(privacy: dict[str, Any]) -> str:
-    replacing = privacy.get("epsilon_replacing")
-    return "" if replacing is None else f", and epsilon {replacing:.4f} for a row that is replaced by another"
-
-
 def _evaluation(metrics: dict[str, Any]) -> dict[str, str]:
     on = f"on {metrics['holdout_rows']:,} held-out rows (itself epsilon {metrics['evaluation_epsilon']:g})"
     if "histogram" not in metrics:  # of before there was more than one number
@@ -109,7 +104,7 @@ def _tables(metrics: dict[str, Any]) -> None:
     """What is worth a table: accuracy by label, the worst first, and by confidence."""
     if "histogram" not in metrics:
         return
-    by_label = sorted(metrics["by_label"], key=lambda each: (each["value"] is None, each["value"]))
+    by_label = sorted(metrics["by_label"], key=lambda each: 2.0 if each["value"] is None else each["value"])
     output.say()
     output.table(("label", "accuracy (95 %)"), [(each["label"], _share(each)) for each in by_label[:MOST_LABELS]],
                  empty="")  # fmt: skip

@@ -86,6 +86,12 @@ def unit(protected: Mapping[str, Any]) -> str:
     return f"one {protected['column']} with {rows}"
 
 
+def replaced(privacy: Mapping[str, Any]) -> dict[str, str]:
+    """The fact that holds of a row which is known to be in; none where nobody computed it."""
+    epsilon = privacy.get("epsilon_replacing")
+    return {} if epsilon is None else {"  if a row is replaced": f"epsilon {epsilon:.4f}: which values it has"}
+
+
 def _text(cell: Any) -> str:
     if cell is None:
         return "-"

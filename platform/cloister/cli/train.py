@@ -55,7 +55,7 @@ def plan(context: Context, spec: Path) -> None:
         "epsilon": f"{p['epsilon']:g} (certified {p['epsilon_certified']:.4f}) at delta {p['delta']:g}",
         "if workers die": f"at most epsilon {p['epsilon_at_most']:.4f}, for up to {p['redo_steps']:,} steps again",
         "protects": f"{output.unit(shown['unit'])}: whether it is in the data at all",
-        **_replaced(p),
+        **output.replaced(p),
         "evaluation": f"epsilon {p['evaluation_epsilon']:g} for rows that are held out, not trained on; noise moves "
                       f"the accuracy by up to about {100 * shown['evaluation_noise']:.1f} points",
         "noise multiplier": p["noise_multiplier"],
@@ -70,13 +70,6 @@ def plan(context: Context, spec: Path) -> None:
             "costs no more, since nobody's rows are both trained on and held out."
         )
     output.say("No data was touched." + (f" Next: cloister train submit {spec}" if shown["affordable"] else ""))
-
-
-def _replaced(plan: dict[str, Any]) -> dict[str, str]:
-    replacing = plan.get("epsilon_replacing")
-    return (
-        {} if replacing is None else {"  which values it has": f"epsilon {replacing:.4f}, where it is known to be in"}
-    )
 
 
 @train.command()
