@@ -18,6 +18,7 @@ from cloister.authority.core import Action, Caller, Core
 from cloister.authority.ledger import budget_state, change_budget, charged_so_far, has_budget, spending
 from cloister.datasets.schema import DatasetSchema, Unit
 from cloister.errors import BudgetError, ConflictError, InputError, NotFoundError
+from cloister.privacy.plan import require_small_delta
 from cloister.stores.blobs import Stores
 from cloister.stores.tables import data_keys, datasets, models, runs
 
@@ -76,11 +77,7 @@ class Datasets:
                 raise InputError(
                     "a budget has 0 < epsilon <= 100 and 0 < delta < 0.01", "see `cloister budget set --help`"
                 )
-            if delta * last.rows >= 1.0:
-                raise InputError(
-                    "delta is at least 1/rows, which allows publishing a row outright",
-                    f"choose delta below {0.99 / last.rows:.1e}",
-                )
+            require_small_delta(delta, last.rows)
             charged = charged_so_far(act.connection, name)
             if epsilon * (1 + 1e-9) < charged[0] or delta * (1 + 1e-9) < charged[1]:  # sums of decimal fractions
                 raise BudgetError(

@@ -137,10 +137,7 @@ def make_plan(
             "expected_batch_size is not smaller than the number of training rows",
             f"choose an expected_batch_size below {rows}",
         )
-    if delta >= 1.0 / rows:
-        raise InputError(
-            "delta is at least 1/rows, which allows publishing a row outright", f"choose delta below {1.0 / rows:.1e}"
-        )
+    require_small_delta(delta, rows)
     evaluation_epsilon = min(evaluation_epsilon, epsilon)
     sample_rate = expected_batch_size / rows
     steps = planned_steps(epochs, expected_batch_size, rows)
@@ -164,6 +161,20 @@ def make_plan(
         ),
         evaluation_epsilon=evaluation_epsilon,
     )
+
+
+def require_small_delta(delta: float, rows: int) -> None:
+    """Refuse a delta with which whoever publishes one of so many rows is called private.
+
+    Raises:
+        InputError: it is at least 1/rows.
+    """
+    limit = 1.0 / max(1, rows)
+    if delta >= limit:
+        raise InputError(
+            "delta is at least 1/rows, which allows publishing a row outright",
+            f"choose delta below {0.99 * limit:.2e}",  # rounded, it is below still
+        )
 
 
 def planned_steps(epochs: float, expected_batch_size: int, rows: int) -> int:
