@@ -65,7 +65,7 @@ BUGS = (
         "numbers = torch.randn((1, *own.parameter.shape), generator=generator).repeat(\n"
         "        rows, *[1] * own.parameter.dim()\n    )", CLIPPING, "not_broadcast"),
     Bug("a device is tried with the same rows beside each", "privacy/microbatch.py",
-        "torch.randperm(len(x), generator=generator)[:fill]", "torch.randperm(most, generator=generator)[:fill]",
+        "_elsewhere(len(x), fills, x.device)", "_elsewhere(most, fills, x.device)",
         ONE_ROW, "largest"),
     Bug("a module's own parameter is left out", "privacy/clipping.py",
         "for own, copy in self._own.copies(len(x))", "for own, copy in self._own.copies(len(x))[:1]", CLIPPING,

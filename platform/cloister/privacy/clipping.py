@@ -193,14 +193,16 @@ class BookkeepingGradients:
     def ranges(self, x_ND: torch.Tensor, y_N: torch.Tensor) -> int:
         if not self._step:
             with tried(self._model, compiled=self._options.compiled):
+                x, y = public_rows(self._model, x_ND, y_N, _FEWEST_ROWS)
+                self._own.fit(x)
                 try:
-                    self._prepare(x_ND, y_N)
+                    self._prepare(x, y)
                 except InputError:
                     if not self._faster:
                         raise
                     while self._faster:  # others may compute rows alike
                         self._faster.pop().remove()
-                    self._prepare(x_ND, y_N)
+                    self._prepare(x, y)
         return ranges_for(self._grid.rows_a_rank, self._block_rows)
 
     def __call__(self, x_BD: torch.Tensor, y_B: torch.Tensor, blocks: Blocks | None = None) -> torch.Tensor:
@@ -226,14 +228,12 @@ class BookkeepingGradients:
             hook.remove()
         self._tape.clear()
 
-    def _prepare(self, x_ND: torch.Tensor, y_N: torch.Tensor) -> None:
-        """Choose how many rows a microbatch has, and see that they do not depend on each other.
+    def _prepare(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Choose how many rows a microbatch has, and see that they do not depend on each other: on rows like these.
 
         Raises:
             InputError: they do.
         """
-        x, y = public_rows(self._model, x_ND, y_N, _FEWEST_ROWS)
-        self._own.fit(x)
         uses = self._passed(x, y)
         with torch.no_grad():
             gradients = self._parameters.gradients(uses)
@@ -248,7 +248,7 @@ class BookkeepingGradients:
         self._step = 1
         if self._options.tried:
             self._rows, self._step = fitting(
-                self._computed, lambda rows: public_rows(self._model, x_ND, y_N, rows), self._rows,
+                self._computed, lambda rows: public_rows(self._model, x, y, rows), self._rows,
                 passed=None if self._options.compiled else self._passed,
             )  # fmt: skip
         # Two blocks a microbatch at least, or many rows would be missing from it.

@@ -183,9 +183,7 @@ def _is_alike(
             "with random weights and rows the model's gradients are not finite: this device cannot be tried",
             "let the model give finite numbers for weights around 0, and inputs of up to 50",
         )
-    generator = torch.Generator().manual_seed(1)
-    for fill in fills:
-        some = torch.randperm(len(x), generator=generator)[:fill].to(x.device)
+    for some in _elsewhere(len(x), fills, x.device):
         found = zip(computed(x[some], y[some]), expected, strict=True)
         if not all(same(got.detach(), each[some]) for got, each in found):
             return False
@@ -199,21 +197,30 @@ def _is_alike_when_watched(
     """The same of each operation; several times, with other rows, where there are few fills."""
     draws = -(-_FILLS // len(fills))
     x, y = public((draws + 1) * most)
-    places, watch = torch.arange(most, device=x.device), Watch()
+    watch = Watch()
     with watch.learning(2 * most):
         passed(x[: 2 * most], y[: 2 * most])
     for draw in range(draws):
         own_x, own_y = (t[draw * most : (draw + 1) * most] for t in (x, y))
         with watch.expecting(most):
             passed(own_x, own_y)
-        for fill in fills:
-            some = places.roll(1 + (fill // 2 + 1 + draw) % (most - 1))[:fill]
+        for some in _elsewhere(most, fills, x.device, draw):
             some_x, some_y = own_x[some], own_y[some]
             with watch.comparing(some):
                 passed(some_x, some_y)
             if not watch.alike:
                 return False
     return True
+
+
+def _elsewhere(rows: int, fills: Sequence[int], device: torch.device, draw: int = 0) -> Iterator[torch.Tensor]:
+    """For each fill, the numbers of so many of the rows, in random order: none of them is in its own place."""
+    generator = torch.Generator().manual_seed(1 + draw)
+    for fill in fills:
+        order = torch.randperm(rows, generator=generator)
+        some = torch.empty_like(order)
+        some[order] = order.roll(1)  # one cycle
+        yield some[:fill].to(device)
 
 
 def rounded_up(rows: int, step: int) -> int:
