@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import warnings
@@ -521,6 +522,25 @@ def test_a_closed_engine_leaves_the_model_as_it_was(engine: str) -> None:
     clipped.close()
     assert [sorted(vars(layer)) for layer in case.model.modules()] == before
     assert not any(layer._forward_hooks or layer._backward_hooks for layer in case.model.modules())
+
+
+@pytest.mark.parametrize("second", ENGINES)
+@pytest.mark.parametrize("first", ENGINES)
+def test_a_model_has_one_engine_at_a_time(first: str, second: str) -> None:
+    case = built("mlp")
+    clipped = clipping_engine(first, case.model, fine(1.0))
+    expected = clipped(case.x, case.y)
+    for model in (case.model, nn.Sequential(case.model), copy.deepcopy(case.model)):
+        with pytest.raises(InputError, match="has a clipping engine already") as refusal:
+            clipping_engine(second, model, fine(1.0))
+        assert "close that one" in refusal.value.hint
+    assert torch.equal(clipped(case.x, case.y), expected)
+    clipped.close()
+    other = clipping_engine(second, case.model, fine(1.0))
+    clipped.close()  # once more: that takes nothing off the other
+    with pytest.raises(InputError, match="has a clipping engine already"):
+        clipping_engine(first, case.model, fine(1.0))
+    assert error(other(case.x, case.y), expected) <= 1e-5
 
 
 @pytest.mark.parametrize("engine", ENGINES)

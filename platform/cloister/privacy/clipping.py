@@ -69,6 +69,7 @@ _FEWEST_ROWS, _MOST_ROWS = 16, 512  # of a microbatch; with the fewest, its size
 # How often rows that are not finite are replaced in a compiled graph. Once, if the model keeps rows apart and has no
 # dropout.
 _REPLACEMENTS = 3
+_ENGAGED = "_has_clipping_engine"  # of a layer
 # How PyTorch says that something is changed in place where gradients begin.
 _IN_PLACE = "a leaf Variable that requires grad"
 
@@ -94,7 +95,7 @@ class ClippedGradients(Protocol):
         ...
 
     def close(self) -> None:
-        """Take the engine off the model."""
+        """Take the engine off the model, which another may have then."""
         ...
 
 
@@ -125,12 +126,17 @@ def row_losses(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def check_layers(model: nn.Module, supported: Callable[[nn.Module], bool] | None = None) -> None:
-    """Accept only layers whose per-row gradients the engine is known to compute.
+    """Accept only layers whose per-row gradients the engine is known to compute, and that no engine has hooks on.
 
     Raises:
         InputError: naming the layer.
     """
     for name, layer in model.named_modules():
+        if _ENGAGED in vars(layer):  # each would see the other's passes
+            raise InputError(
+                f"layer '{name}' ({type(layer).__name__}) has a clipping engine already",
+                "close that one first, and copy models before they have one",
+            )
         label = f"layer '{name}' ({type(layer).__name__})"
         if isinstance(layer, _MIXING_LAYERS):
             raise InputError(f"{label} mixes the rows of a batch, so no row's gradient can be clipped", "use GroupNorm")
@@ -151,6 +157,17 @@ def check_layers(model: nn.Module, supported: Callable[[nn.Module], bool] | None
         raise InputError("the model has no trainable parameter", "unfreeze a layer")
 
 
+def engage(model: nn.Module) -> None:
+    """Mark the layers as those of a model that has an engine, until `release`."""
+    for layer in model.modules():
+        vars(layer)[_ENGAGED] = True
+
+
+def release(model: nn.Module) -> None:
+    for layer in model.modules():
+        vars(layer).pop(_ENGAGED, None)
+
+
 class BookkeepingGradients:
     """Book-keeping around `model`, under cross-entropy. Memory is bounded by `options.microbatch_rows`."""
 
@@ -164,7 +181,7 @@ class BookkeepingGradients:
         """Put hooks on the model, until `close`.
 
         Raises:
-            InputError: a layer that cannot be trained privately, or products that are rounded.
+            InputError: a layer that cannot be trained privately, or has an engine; or products that are rounded.
         """
         self._options = options or ClippingOptions()
         self._grid = grid
@@ -187,6 +204,8 @@ class BookkeepingGradients:
             for name, layer in model.named_modules()
             if type(layer) in RULES and trains(layer)
         ]
+        engage(model)
+        self._closed = False
         if self._options.compiled:
             self._compiled_sums = torch.compile(self._sums_with_probes, fullgraph=True, dynamic=False)
 
@@ -224,6 +243,10 @@ class BookkeepingGradients:
         return total_P
 
     def close(self) -> None:
+        if self._closed:  # there may be another engine by now
+            return
+        self._closed = True
+        release(self._model)
         for hook in (*self._faster, *self._hooks):
             hook.remove()
         self._tape.clear()

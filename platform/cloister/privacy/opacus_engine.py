@@ -20,7 +20,7 @@ from torch import nn
 
 from cloister.errors import InputError
 from cloister.privacy.blocks import Blocks, ranges_for, spread
-from cloister.privacy.clipping import ROUNDING_MARGIN, ClippingOptions, check_layers, row_losses
+from cloister.privacy.clipping import ROUNDING_MARGIN, ClippingOptions, check_layers, engage, release, row_losses
 from cloister.privacy.gradients import Rows, added_up
 from cloister.privacy.grid import MOST_ROWS, Grid
 from cloister.privacy.layers import trains
@@ -42,7 +42,7 @@ class OpacusGradients:
         """Put Opacus's hooks on the model, until `close`.
 
         Raises:
-            InputError: a layer or an option that this engine does not have.
+            InputError: a layer or an option that this engine does not have, or a model that has an engine.
         """
         options = options or ClippingOptions()
         if options.per_layer or options.compiled or options.autocast:
@@ -60,6 +60,8 @@ class OpacusGradients:
         self._rows = min(options.microbatch_rows or fit, MOST_ROWS)
         self._step = 0
         self._hooks = align_rows(model)
+        engage(model)
+        self._closed = False
 
     def ranges(self, x_ND: torch.Tensor, y_N: torch.Tensor) -> int:
         if not self._step:
@@ -84,6 +86,10 @@ class OpacusGradients:
 
     def close(self) -> None:
         """Take the engine off the model: its hooks, and what Opacus leaves on layers and parameters."""
+        if self._closed:  # there may be another engine by now
+            return
+        self._closed = True
+        release(self._model)
         for hook in self._hooks:
             hook.remove()
         self._by_row.cleanup()
