@@ -91,6 +91,8 @@ BUGS = (
         "    if len(x) < rows:\n"
         "        x, y = (torch.cat([t, t[:1].expand(rows - len(t), *t.shape[1:])]) for t in (x, y))\n",
         CLIPPING, "memory_of_its_own"),
+    Bug("rows of any length", "privacy/microbatch.py", "if kind_of(x_ND, y_N) != kind:", "if False:", CLIPPING,
+        "another_length"),
     Bug("squares in an order that follows the rows", "privacy/gradients.py",
         "    return functools.reduce(torch.add, parts)\n", "    return torch.stack(list(parts)).sum(0)\n", ONE_ROW,
         "many_parameters"),

@@ -15,6 +15,7 @@ from torch import nn
 from architectures import FAMILIES, Case, Patches, oracle, random_case
 from cloister.errors import InputError
 from cloister.privacy import clipping, products
+from cloister.privacy.blocks import Blocks, spread
 from cloister.privacy.clipping import BookkeepingGradients, ClippedGradients, ClippingOptions
 from cloister.privacy.engines import clipping_engine
 from cloister.privacy.grid import SLACK, Block, Grid
@@ -764,6 +765,53 @@ def test_a_model_that_looks_at_places_is_refused_before_it_sees_a_row() -> None:
 
     with pytest.raises(InputError, match="computes a row otherwise"):
         BookkeepingGradients(Moody(), fine(1.0))(torch.ones(3, 2), torch.tensor([0, 1, 0]))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_device_that_was_refused_is_refused_again(engine: str) -> None:
+    class Largest(Inverse):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x / x.abs().max())  # type: ignore[no-any-return]
+
+    clipped = clipping_engine(engine, Largest(), fine(1.0))
+    for _ in range(2):
+        with pytest.raises(InputError, match="computes a row otherwise"):
+            clipped(torch.ones(3, 2), torch.tensor([0, 1, 0]))
+
+
+class Bag(nn.Module):
+    """Of sequences, as long as they may be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(16, 8), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.words(x).mean(1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_rows_of_another_length_than_those_that_were_tried_are_refused(engine: str) -> None:
+    torch.manual_seed(0)
+    model, x, y = Bag(), torch.randint(0, 16, (23, 12)), torch.randint(0, 2, (23,))
+    clipped = clipping_engine(engine, model, fine(1.0))
+    expected = clipped(x, y)
+    seen: list[int] = []
+    hook = model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    blocks = Blocks(spread(23), clipped.ranges(x, y))
+    for others in (x[:, :11], torch.cat([x, x], 1), x.int()):
+        for given in (None, blocks):
+            with pytest.raises(InputError, match="another shape or type") as refusal:
+                clipped(others, y, given)
+            assert "one length" in refusal.value.hint
+        with pytest.raises(InputError, match="another shape or type"):
+            clipped.ranges(others, y)
+    assert not seen, "the model saw none of them"
+    hook.remove()
+    assert torch.equal(clipped(x, y, blocks), expected)
+    clipped.close()
+    shorter = clipping_engine(engine, model, fine(1.0))
+    assert error(shorter(x[:, :11], y), oracle(Case(model, x[:, :11], y), 1.0)[0]) <= 1e-5
 
 
 @pytest.mark.parametrize("bound", [0.0, -1.0, float("inf"), float("nan")])

@@ -15,7 +15,8 @@ are float32, whatever the model computes in: bfloat16 ghost norms come out as lo
 in blocks (`blocks`), and blocks on a grid. With `per_layer`, each of L layers is clipped to C/√L instead: the same
 bound on the whole.
 
-No row is computed otherwise because others are beside it: `microbatch` sees to that, or nothing is trained.
+No row is computed otherwise because others are beside it: `microbatch` sees to that, or nothing is trained. So rows are
+of one shape, whichever are in a batch.
 
 How (book-keeping, arXiv 2210.00038): hooks note each layer's input and output; one backward pass gives the outputs'
 gradients and no weight's; from both, `layers` tells each row's norm, and, once norms have become weights, the weighted
@@ -46,10 +47,13 @@ from cloister.privacy.gradients import RowGradients, Slices
 from cloister.privacy.grid import MOST_ROWS, Grid
 from cloister.privacy.layers import RULES, Use, trains, unsupported_option
 from cloister.privacy.microbatch import (
+    Kind,
     align_rows,
     filled,
     fitting,
+    kind_of,
     public_rows,
+    require_kind,
     rounded_up,
     tried,
     without,
@@ -81,9 +85,10 @@ class ClippedGradients(Protocol):
         """Into how many ranges the rows of a batch are to be put. Of x_ND and y_N, shapes and types alone are read.
 
         The first call tries, on rows of random numbers, that this device computes a row alike whatever is beside it.
+        All rows are of one shape and type, which is that of the first.
 
         Raises:
-            InputError: it does not.
+            InputError: it does not, or rows are of another.
         """
         ...
 
@@ -91,6 +96,9 @@ class ClippedGradients(Protocol):
         """The sum [P], float64, of the clipped gradients of the rows, which are in the order of `blocks`.
 
         Each element is a whole number of the grid's units. The model's own `.grad` fields are left empty.
+
+        Raises:
+            InputError: as `ranges`.
         """
         ...
 
@@ -193,6 +201,7 @@ class BookkeepingGradients:
         self._bound = grid.bound * (1.0 - ROUNDING_MARGIN) / groups**0.5
         self._tape: list[Use] = []
         self._noting = False
+        self._kind: Kind | None = None  # of rows that were tried
         self._rows = self._step = 0  # of a microbatch, and of what it has a multiple
         self._block_rows = self._several = 0  # of a block, and of one of several positions
         self._waiting: list[torch.Tensor] = []
@@ -210,7 +219,7 @@ class BookkeepingGradients:
             self._compiled_sums = torch.compile(self._sums_with_probes, fullgraph=True, dynamic=False)
 
     def ranges(self, x_ND: torch.Tensor, y_N: torch.Tensor) -> int:
-        if not self._step:
+        if self._kind is None:
             with tried(self._model, compiled=self._options.compiled):
                 x, y = public_rows(self._model, x_ND, y_N, _FEWEST_ROWS)
                 self._own.fit(x)
@@ -222,13 +231,16 @@ class BookkeepingGradients:
                     while self._faster:  # others may compute rows alike
                         self._faster.pop().remove()
                     self._prepare(x, y)
+            self._kind = kind_of(x_ND, y_N)
+        require_kind(self._kind, x_ND, y_N)
         return ranges_for(self._grid.rows_a_rank, self._block_rows)
 
     def __call__(self, x_BD: torch.Tensor, y_B: torch.Tensor, blocks: Blocks | None = None) -> torch.Tensor:
         total_P = torch.zeros(sum(self._parameters.sizes), dtype=torch.float64, device=x_BD.device)
         if not len(x_BD):
             return total_P
-        blocks = blocks or Blocks(spread(len(x_BD)), self.ranges(x_BD, y_B))
+        ranges = self.ranges(x_BD, y_B)
+        blocks = blocks or Blocks(spread(len(x_BD)), ranges)
         add = self._add_compiled if self._options.compiled else self._add_eager
         parts = [
             part.view(shape)

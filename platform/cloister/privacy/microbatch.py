@@ -223,6 +223,28 @@ def _elsewhere(rows: int, fills: Sequence[int], device: torch.device, draw: int 
         yield some[:fill].to(device)
 
 
+Kind = tuple[object, ...]
+"""What rows have in common with those that were tried: shape and type of inputs and labels, and the device."""
+
+
+def kind_of(x_ND: torch.Tensor, y_N: torch.Tensor) -> Kind:
+    return tuple(x_ND.shape[1:]), x_ND.dtype, x_ND.device, tuple(y_N.shape[1:]), y_N.dtype
+
+
+def require_kind(kind: Kind, x_ND: torch.Tensor, y_N: torch.Tensor) -> None:
+    """Refuse rows of another kind than `kind`. They are not tried in their turn: where a batch is as long as its
+    longest row, that row changes the numbers of all.
+
+    Raises:
+        InputError: they are.
+    """
+    if kind_of(x_ND, y_N) != kind:
+        raise InputError(
+            "these rows have another shape or type than those that were tried, or are on another device",
+            "give all rows one length, whichever are in a batch; or close this engine, and make another",
+        )
+
+
 def rounded_up(rows: int, step: int) -> int:
     return -(-rows // step) * step
 

@@ -24,7 +24,17 @@ from cloister.privacy.clipping import ROUNDING_MARGIN, ClippingOptions, check_la
 from cloister.privacy.gradients import Rows, added_up
 from cloister.privacy.grid import MOST_ROWS, Grid
 from cloister.privacy.layers import trains
-from cloister.privacy.microbatch import align_rows, filled, fitting, public_rows, rounded_up, tried
+from cloister.privacy.microbatch import (
+    Kind,
+    align_rows,
+    filled,
+    fitting,
+    kind_of,
+    public_rows,
+    require_kind,
+    rounded_up,
+    tried,
+)
 from cloister.privacy.products import require_whole_products
 
 # What the gradients of one microbatch may take.
@@ -59,12 +69,13 @@ class OpacusGradients:
         fit = max(_FEWEST_ROWS, int(_GRADIENT_BYTES / (4 * sum(self._sizes))))
         self._rows = min(options.microbatch_rows or fit, MOST_ROWS)
         self._step = 0
+        self._kind: Kind | None = None  # of rows that were tried
         self._hooks = align_rows(model)
         engage(model)
         self._closed = False
 
     def ranges(self, x_ND: torch.Tensor, y_N: torch.Tensor) -> int:
-        if not self._step:
+        if self._kind is None:
             with tried(self._model):
                 for name, layer in self._model.named_modules():
                     if trains(layer) and not layer.training:  # Opacus's hooks pass it over
@@ -72,13 +83,16 @@ class OpacusGradients:
                 self._rows, self._step = fitting(
                     self._gradients, lambda rows: self._public(x_ND, y_N, rows), self._rows, passed=self._passed_alone
                 )
+            self._kind = kind_of(x_ND, y_N)
+        require_kind(self._kind, x_ND, y_N)
         return ranges_for(self._grid.rows_a_rank, self._rows)
 
     def __call__(self, x_BD: torch.Tensor, y_B: torch.Tensor, blocks: Blocks | None = None) -> torch.Tensor:
         total_P = torch.zeros(sum(self._sizes), dtype=torch.float64, device=x_BD.device)
         if not len(x_BD):
             return total_P
-        blocks = blocks or Blocks(spread(len(x_BD)), self.ranges(x_BD, y_B))
+        ranges = self.ranges(x_BD, y_B)
+        blocks = blocks or Blocks(spread(len(x_BD)), ranges)
         for start, stop in blocks.of_at_most(self._rows):
             whole = rounded_up(stop - start, self._step)
             self._add(total_P, *filled(x_BD[start:stop], y_B[start:stop], whole))
