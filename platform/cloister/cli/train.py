@@ -184,7 +184,7 @@ def _say_how_to_submit(context: Context, run: str, jobs: Path, status: dict[str,
 @click.argument("run", type=NAME)
 @common
 def watch(context: Context, run: str) -> None:
-    """Show steps, epsilon spent and throughput until the run ends."""
+    """Show steps, epsilon spent and throughput until the run ends. Workers report after each block of steps."""
     follow_run(context, run)
 
 
@@ -219,6 +219,7 @@ def _follow(context: Context, run: str) -> dict[str, Any]:
     client = context.client()
     shown: dict[str, Any] = client.get(f"/v1/runs/{run}")
     said, attempt = 0.0, shown["attempt"]
+    told, since = shown["steps_done"], time.monotonic()
     with output.progress(run) as advance:
         while shown["state"] not in ENDED:
             settle_orphan(context.home, run)
@@ -232,13 +233,27 @@ def _follow(context: Context, run: str) -> dict[str, Any]:
                 note += f"  attempt {attempt}, resumed at step {shown['resumed_from']}"
             if shown["state"] == "submitted":
                 note = "the cluster starts"
-            advance(shown["steps_done"], shown["steps"], note)
+            if shown["steps_done"] != told:
+                told, since = shown["steps_done"], time.monotonic()
+            advance(about(shown, time.monotonic() - since), shown["steps"], note)
             if not (context.json or sys.stderr.isatty()) and time.monotonic() - said >= LINE_S:
                 said = time.monotonic()  # no bar on a pipe: now and then a line
                 output.say(note)
             time.sleep(POLL_S)
             shown = client.get(f"/v1/runs/{run}")
     return shown
+
+
+def about(shown: dict[str, Any], since_s: float) -> float:
+    """Which step a run is at about, so many seconds after its last report, which workers make at the end of a block.
+
+    It is reckoned from the planned rows and the speed of the blocks before: no worker tells more.
+    """
+    from cloister.privacy.plan import BLOCK_STEPS
+
+    done, plan = float(shown["steps_done"]), shown["plan"]
+    steps = since_s * (shown["rows_per_s"] or 0.0) / (plan["sample_rate"] * plan["rows"])
+    return float(min(done + min(steps, BLOCK_STEPS), shown["steps"]))
 
 
 def _verdict(shown: dict[str, Any]) -> str:
@@ -256,7 +271,7 @@ def _steps(shown: dict[str, Any]) -> str:
 
 
 def _done(shown: dict[str, Any]) -> int:
-    return max(int(shown["steps_done"]), shown["checkpoint"] or 0)  # workers report now and then
+    return max(int(shown["steps_done"]), shown["checkpoint"] or 0)  # workers report after whole blocks, if at all
 
 
 def settle_orphan(home: Home, run: str) -> bool:
