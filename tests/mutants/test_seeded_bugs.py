@@ -37,7 +37,9 @@ ONE_ROW = "tests/attacks/test_one_row.py"
 STREAMS, ACCOUNTING = "tests/unit/test_privacy_streams.py", "tests/unit/test_privacy_accounting.py"
 ATTEMPTS, SEALS = "tests/unit/test_authority_attempts.py", "tests/unit/test_authority_seals.py"
 WORK, GRID = "tests/unit/test_work.py", "tests/unit/test_privacy_grid.py"
-EVALUATION = "tests/unit/test_privacy_evaluation.py"
+EVALUATION, REHEARSAL = "tests/unit/test_privacy_evaluation.py", "tests/unit/test_rehearsal.py"
+TRIED = "    model, learner, engine, evaluator, attack = on_each_rank(group, lambda: try_out(run, attempt, group))  # 2\n"
+LEASED = "    lease = authority.lease_shards(run, attempt.number, group.rank, code_digest)  # 3\n"
 
 BUGS = (
     Bug("no clip", "privacy/clipping.py",
@@ -143,8 +145,8 @@ BUGS = (
     Bug("division by the realised batch", "training/loop.py",
         "set_gradients(parameters, sum_P, plan.expected_batch_size)",
         "set_gradients(parameters, sum_P, max(1, len(rows_B)))", LOOP, "empty"),
-    Bug("an empty batch is no step", "training/loop.py", "            streams.see_batch(rows_B)\n",
-        "            if len(rows_B) == 0:\n                continue\n            streams.see_batch(rows_B)\n",
+    Bug("an empty batch is no step", "training/loop.py", "            rows_B = mechanism.sample()  # 2\n",
+        "            rows_B = mechanism.sample()  # 2\n            if len(rows_B) == 0:\n                continue\n",
         LOOP, "empty"),
     Bug("noise before the record", "training/loop.py", "                commit_block(step, block_end)  # 1\n",
         "                pass\n", LOOP, "before"),
@@ -157,6 +159,17 @@ BUGS = (
         "        size = max(1, round(self._n * self._threshold / 2**64))\n"
         "        return np.sort(np.argsort(self._stream.words(self._n))[:size])\n",
         STREAMS, "inclusion or empty or rate"),
+    Bug("batches and places come from one draw", "privacy/keystream.py", "self._draw += 1", "self._draw += 0",
+        REHEARSAL, "to_be_expected"),
+    Bug("keys before the trial", "training/work.py", TRIED + LEASED, LEASED + TRIED, WORK, "before"),
+    Bug("a rank that cannot train leaves the others to it", "training/work.py",
+        "on_each_rank(group, lambda: try_out(run, attempt, group))", "try_out(run, attempt, group)",
+        WORK, "before_any"),
+    Bug("an engine that clips to another plan's norm", "privacy/mechanism.py",
+        "if model is not self._model or grid != self._grid:", "if model is not self._model:",
+        "tests/unit/test_mechanism.py", "tried_before"),
+    Bug("progress is told in the middle of a block", "training/work.py",
+        "        if steps % block_steps and done != plan.steps:\n            return\n", "", WORK, "whole_blocks"),
     Bug("every step has the same noise", "privacy/noise.py", "rank=self._rank, step=step\n",
         "rank=self._rank, step=0\n", STREAMS, "noise"),
     Bug("randomness is restored after a death", "training/work.py", "secret=fresh_secret(),", "secret=bytes(32),",

@@ -26,7 +26,7 @@ from cloister.authority import ledger_seals
 from cloister.authority.core import PLATFORM
 from cloister.authority.costs import settle
 from cloister.authority.maintenance import recorded_blobs
-from cloister.canonical import unb64
+from cloister.canonical import b64, unb64
 from cloister.errors import CloisterError, InputError, IntegrityError
 from cloister.privacy.plan import BLOCK_STEPS, PrivacyPlan
 from cloister.privacy.spec import TrainingSpec
@@ -78,9 +78,20 @@ def killed(world: World, committed: int = 8, at: int | None = 5, **spec: Any) ->
 def test_the_first_attempt_begins_at_nothing(world: World) -> None:
     run = world.submit()
     with world.recorded(run, "run:work"):
-        assert world.attempt(run) == {"attempt": 1, "resume_from": 0, "checkpoint": None}
+        opened = world.attempt(run)
+    assert (opened["attempt"], opened["resume_from"], opened["checkpoint"]) == (1, 0, None)
     assert (shown(world, run)["state"], shown(world, run)["workers"]) == ("training", 2)
     assert charged(world) == EPSILON  # a first attempt costs nothing that is not held
+
+
+def test_an_attempt_says_what_its_leases_say_and_gives_no_key(world: World) -> None:
+    run = world.submit()
+    opened = world.attempt(run)
+    lease = world.lease(run)
+    facts = {"manifest": lease.manifest, "owner_key": lease.owner_key, "spec": lease.spec, "plan": lease.plan}
+    assert opened == {"attempt": 1, "resume_from": 0, "checkpoint": None} | facts
+    text = json.dumps(opened)
+    assert not any(b64(key) in text for key in (*lease.keys.values(), lease.checkpoint_key, lease.model_key or b"-"))
 
 
 def test_the_next_attempt_goes_on_from_the_checkpoint(world: World) -> None:
@@ -96,7 +107,8 @@ def test_the_next_attempt_goes_on_from_the_checkpoint(world: World) -> None:
 
 def test_without_a_checkpoint_everything_is_run_again(world: World) -> None:
     run = killed(world, at=None)
-    assert world.attempt(run) == {"attempt": 2, "resume_from": 0, "checkpoint": None}
+    opened = world.attempt(run)
+    assert (opened["attempt"], opened["resume_from"], opened["checkpoint"]) == (2, 0, None)
     refused(world, run, "blocks", block(2, 8, 10))
 
 

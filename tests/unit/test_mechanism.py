@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -10,8 +11,9 @@ import torch
 from torch import nn
 
 from cloister.errors import InputError
+from cloister.privacy import clipping
 from cloister.privacy.grid import SLACK
-from cloister.privacy.mechanism import Mechanism, grid_of, noise_std
+from cloister.privacy.mechanism import Mechanism, TriedEngine, grid_of, noise_std
 from cloister.privacy.plan import PrivacyPlan
 from cloister.training.architectures import build_model
 
@@ -78,6 +80,36 @@ def test_noise_has_the_slack_for_what_rounding_adds() -> None:
     assert noise_std(PLAN) == 1.5 * 0.4 * (1 + SLACK)
     units = noisy / grid_of(PLAN, 1, 1).unit
     assert torch.equal(units, units.round())
+
+
+def test_an_engine_that_was_tried_before_is_not_tried_again_and_serves_its_own_plan_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = build_model({"architecture": "mlp", "hidden": [8]}, 4, 2)
+    x, y = torch.randn(50, 4), torch.randint(0, 2, (50,))
+    tries: list[int] = []
+    fitting = clipping.fitting
+    monkeypatch.setattr(clipping, "fitting", lambda *given, **named: (tries.append(1), fitting(*given, **named))[1])
+
+    def mechanism_of(model: nn.Module, plan: PrivacyPlan, world_size: int = 2) -> Mechanism:
+        return Mechanism(
+            plan, model, x, y, shards=[("a", 50)], run="r", attempt=1, rank=0, world_size=world_size, secret=bytes(32),
+            clipped_gradients=tried,
+        )  # fmt: skip
+
+    tried = TriedEngine(PLAN, model, torch.zeros(1, 4), y[:1], world_size=2)
+    with pytest.raises(InputError, match="another model or plan"):
+        mechanism_of(copy.deepcopy(model), PLAN)
+    for other in ({"max_grad_norm": 0.1}, {"sample_rate": 0.1}):
+        with pytest.raises(InputError, match="another model or plan"):
+            mechanism_of(model, replace(PLAN, **other))  # type: ignore[arg-type]  # one map for brevity
+    with pytest.raises(InputError, match="another model or plan"):
+        mechanism_of(model, PLAN, world_size=1)
+    one = mechanism_of(model, PLAN)
+    assert float(one.clipped_sum(np.arange(50)).norm()) > 0
+    assert len(tries) == 1
+    one.close()
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.modules())
 
 
 def test_rows_that_are_not_the_shards_are_refused() -> None:

@@ -391,6 +391,7 @@ NOT_NOISE = {
     "training/architectures.py": {"manual_seed", "fork_rng"},
     "training/export.py": {"rand", "manual_seed", "Generator"},
     "training/rehearsal.py": {"randint", "manual_seed", "Generator"},
+    "training/trial.py": {"default_rng", "Generator"},
     "privacy/broadcast.py": {"randn", "manual_seed", "Generator"},
     "privacy/microbatch.py": {"rand", "randn", "randint", "randperm", "manual_seed", "Generator", "dropout"},
     "privacy/mechanism.py": {"manual_seed", "fork_rng"},

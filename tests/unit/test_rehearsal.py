@@ -11,13 +11,13 @@ from torch import nn
 
 from architectures import FAMILIES
 from cloister.errors import InputError, IntegrityError
-from cloister.privacy.keystream import fresh_secret
+from cloister.privacy.keystream import Keystream, fresh_secret
 from cloister.privacy.noise import GaussianNoise
 from cloister.privacy.plan import PrivacyPlan
 from cloister.privacy.sampling import ShardedBatches
 from cloister.training.loop import train
 from cloister.training.rehearsal import rehearse
-from cloister.training.tripwires import StreamWatch, Tripwires
+from cloister.training.tripwires import Tripwires, probe_sampler
 
 torch.set_num_threads(1)
 
@@ -183,14 +183,33 @@ def test_a_sound_run_does_not_trip() -> None:
 
 def test_a_sampler_that_stands_still_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ShardedBatches, "next_batch", lambda _self: np.arange(7))
+    for rate in (0.5, 0.03, 1e-3):
+        with pytest.raises(IntegrityError, match="sampler stands still"):
+            probe_sampler(replace(PLAN, sample_rate=rate))
+
+
+def test_a_key_stream_that_stands_still_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = Keystream.words
+
+    def again(self: Keystream, count: int) -> np.ndarray:
+        self._draw = 0
+        return words(self, count)
+
+    monkeypatch.setattr(Keystream, "words", again)
     with pytest.raises(IntegrityError, match="sampler stands still"):
-        run(mlp())
+        probe_sampler(PLAN)
 
 
-def test_equal_batches_are_no_fault_where_they_are_to_be_expected() -> None:
-    watch = StreamWatch(1e-6, 1000)
-    for _ in range(5):
-        watch.see_batch(np.arange(0))
+@pytest.mark.parametrize("rate", [1e-7, 1e-4, 0.01, 0.5, 0.999, 1.0])
+def test_equal_batches_are_no_fault_where_they_are_to_be_expected(rate: float) -> None:
+    for _ in range(20):
+        probe_sampler(replace(PLAN, sample_rate=rate))
+
+
+def test_a_private_batch_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of an attempt may equal the one before: nobody is told."""
+    monkeypatch.setattr(ShardedBatches, "next_batch", lambda _self: np.arange(7))
+    run(mlp())
 
 
 def test_a_noise_stream_that_stands_still_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

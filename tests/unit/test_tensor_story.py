@@ -86,6 +86,9 @@ class Alone:
     def share(self, message: bytes) -> bytes:
         return message
 
+    def gather(self, message: bytes) -> list[bytes]:
+        return [message]
+
 
 class Grant:
     """What a worker asks its authority for, out of one lease; remembers what it was told."""
@@ -153,7 +156,10 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     lease, parts = seal(folder, request.param)
     assert parts == {"restricted", "confidential", "index"}
     grant = Grant(lease)
-    first = Attempt(number=1, resume_from=0, checkpoint=None)
+    first = Attempt(
+        number=1, resume_from=0, checkpoint=None, manifest=lease.manifest, owner_key=lease.owner_key, spec=lease.spec,
+        plan=lease.plan,
+    )  # fmt: skip
     work(grant, "run-1", "sha256:" + "0" * 64, Alone(), first)  # type: ignore[arg-type]  # what it uses of a client
     assert lease.model_key is not None
     model = FolderBlobs.from_url(lease.blobs).get(grant.told["model"]["blob"])

@@ -12,18 +12,20 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from authority_world import CODE, DELTA, STEPS, World
 from cloister.authority.costs import settle
-from cloister.client.authority import Attempt, AuthorityClient
-from cloister.errors import CloisterError, ConflictError, IntegrityError, UnavailableError
+from cloister.client.authority import AuthorityClient
+from cloister.errors import CloisterError, ConflictError, InputError, IntegrityError, UnavailableError, from_dict
 from cloister.privacy import sampling
 from cloister.privacy.grid import SLACK
 from cloister.privacy.noise import GaussianNoise
 from cloister.privacy.sampling import PoissonSampler
+from cloister.process import describe
 from cloister.sealing.stream import open_sealed
 from cloister.stores.blobs import FolderBlobs
-from cloister.training import audit, checkpoint
+from cloister.training import audit, checkpoint, trial
 from cloister.training import work as work_module
 from cloister.training.loop import PUBLIC_SHARD
 from cloister.training.work import open_attempt, work
@@ -103,6 +105,9 @@ class Group:
     def share(self, message: bytes) -> bytes:
         return bytes(self.ranks.exchange(self.rank, message)[0])
 
+    def gather(self, message: bytes) -> list[bytes]:
+        return self.ranks.exchange(self.rank, message)
+
 
 class Client(AuthorityClient):
     """The real client, whose rank may die before or after each request. One request at a time: threads share HTTP."""
@@ -151,7 +156,8 @@ def run(world: World) -> str:
 def _one_export(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The export to ONNX takes seconds and always gives the same kind of bytes: one test has the real one."""
     if "real_export" not in request.fixturenames:
-        monkeypatch.setattr(work_module, "to_onnx", lambda _model, _width: b"onnx")
+        for module in (trial, work_module):
+            monkeypatch.setattr(module, "to_onnx", lambda _model, _width: b"onnx")
 
 
 @pytest.fixture
@@ -322,6 +328,122 @@ def test_a_worker_whose_steps_are_less_private_than_planned_trains_nothing(
     assert "an attack on this worker's steps" in str(refused)
     after = shown(world, run)
     assert (group.released, after["steps_committed"], stored(world, run)) == (0, 0, [])
+    assert leased(world) == []
+
+
+class Mixing(nn.Module):
+    """Subtracts what its rows have in common."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x - x.mean(0))  # type: ignore[no-any-return]
+
+
+def leased(world: World) -> list[str]:
+    """What the record has of keys that were given out to runs."""
+    entries = [entry.resource for entry in world.log() if entry.action == "run:lease"]
+    return [*entries, *("a row",) * world.counts()["leases"]]
+
+
+REFUSALS = [
+    ("build_model", lambda _spec, width, classes, _seed: Mixing(width, classes), (0, 1), "depends on the other rows"),
+    ("to_onnx", lambda _model, _width: raises(IntegrityError("another export", "release it not")), (0,), "another exp"),
+    ("TriedEngine", lambda *_, **__: raises(InputError("this device", "use another")), (1,), "this device"),
+    ("attack_steps", lambda _plan, **_engine: raises(IntegrityError("too few", "report it")), (0,), "too few"),
+    ("take_steps", lambda *_: raises(ZeroDivisionError("0")), (1,), "ZeroDivisionError"),
+]  # fmt: skip
+
+
+def raises(error: Exception) -> Any:
+    raise error
+
+
+@pytest.mark.parametrize(("name", "broken", "ranks", "told"), REFUSALS, ids=[refusal[0] for refusal in REFUSALS])
+def test_what_is_refused_on_one_rank_is_refused_on_all_before_any_has_a_key(
+    world: World, run: str, monkeypatch: pytest.MonkeyPatch, name: str, broken: Any, ranks: tuple[int, ...], told: str
+) -> None:
+    mine = threading.local()
+    sound, try_out = getattr(trial, name), work_module.try_out
+
+    def tries(run: str, attempt: Any, group: Any) -> Any:
+        mine.rank = group.rank
+        return try_out(run, attempt, group)
+
+    monkeypatch.setattr(work_module, "try_out", tries)
+    monkeypatch.setattr(
+        trial, name, lambda *given, **named: (broken if mine.rank in ranks else sound)(*given, **named)
+    )  # fmt: skip
+    asked: list[str] = []
+    group = Ranks(2, lambda _rank, event: asked.append(event))
+    results = group.run(world, run)
+    errors = [from_dict(describe(result)) for result in results]
+    assert all(told in error.message for error in errors)
+    assert errors[0].to_dict() == errors[1].to_dict()
+    assert asked == ["before attempts", "after attempts"], "nobody asked for a lease"
+    assert leased(world) == []
+    world.attempts[run] = 1
+    ended = world.end(run)
+    assert (ended["state"], ended["epsilon_charged"], group.released) == ("failed", 0.0, 0)
+
+
+def test_no_rank_asks_for_a_key_before_all_have_tried(world: World, run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    try_out = work_module.try_out
+
+    def tries(*given: Any) -> Any:
+        assert leased(world) == []
+        tried = try_out(*given)
+        seen.append("tried")
+        return tried
+
+    monkeypatch.setattr(work_module, "try_out", tries)
+    Ranks(2, lambda _rank, event: seen.append(event) if event.endswith("leases") else None).run(world, run)
+    assert seen[:2] == ["tried", "tried"]
+    assert sorted(seen[2:]) == ["after leases"] * 2 + ["before leases"] * 2
+    assert len(leased(world)) == 4
+
+
+def test_a_lease_for_something_else_than_was_tried_opens_nothing(
+    world: World, run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = Ranks(1)
+    client = Client.of(world, run, 0, ranks)
+    opened = client.open_attempt(run, 1, CODE)
+    quieter = replace(opened, plan=opened.plan | {"noise_multiplier": opened.plan["noise_multiplier"] * 2})
+    monkeypatch.setattr(work_module.Rows, "load", lambda *_: pytest.fail("rows were opened"))
+    with pytest.raises(IntegrityError, match="something else than was tried"):
+        work(client, run, CODE, Group(ranks, 0), quieter)
+    assert ranks.released == 0
+
+
+def test_progress_is_told_in_whole_blocks_of_planned_rows(world: World, run: str) -> None:
+    told: list[tuple[int, float]] = []
+
+    def look(rank: int, event: str) -> None:
+        if event == "after progress":
+            assert rank == 0
+            told.append((shown(world, run)["steps_done"], shown(world, run)["rows_per_s"]))
+
+    Ranks(2, look).run(world, run)
+    assert [steps for steps, _ in told] == [4, 8, 10]
+    assert all(speed == float(f"{speed:.2g}") > 0 for _, speed in told)
+
+
+def test_progress_of_an_attempt_that_resumes_counts_its_own_blocks(
+    world: World, run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Ranks(1, dies("before blocks", 2)).run(world, run)
+    told: list[int] = []
+
+    def look(_rank: int, event: str) -> None:
+        if event == "after progress":
+            told.append(shown(world, run)["steps_done"])
+
+    Ranks(1, look).run(world, run)
+    assert told == [8, 10]
 
 
 def test_a_model_that_knows_its_canaries_is_not_registered(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,7 +459,8 @@ def test_a_model_that_knows_its_canaries_is_not_registered(world: World, monkeyp
         assert name == PUBLIC_SHARD
         bare = replace(plan, noise_multiplier=0.0, sample_rate=1.0, steps=800, max_grad_norm=1e3)
         alone = options | {"shards": [(name, rows)], "world_size": 1, "commit_block": lambda _first, _stop: None,
-                           "all_reduce": lambda _sum: None, "checkpoint": None, "on_step": None}  # fmt: skip
+                           "all_reduce": lambda _sum: None, "checkpoint": None, "on_step": None,
+                           "clipped_gradients": None}  # fmt: skip
         real_train(model, torch.optim.Adam(model.parameters(), 0.005), x[-rows:], y[-rows:], bare, **alone)
 
     monkeypatch.setattr(work_module, "train", overfit)
@@ -408,7 +531,7 @@ def test_an_older_checkpoint_does_not_open_as_a_newer_one_even_if_the_record_say
         kept = type(opened.checkpoint)(**{
             "step": 4, "blob": opened.checkpoint.blob, "sha256": opened.checkpoint.sha256
         } | claim)  # fmt: skip
-        forged = Attempt(number=opened.number, resume_from=kept.step, checkpoint=kept)
+        forged = replace(opened, resume_from=kept.step, checkpoint=kept)
         with pytest.raises(IntegrityError, match=r"does not open|another model"):
             work(client, run, CODE, Group(ranks, 0), forged)
         opened = client.open_attempt(run, 1, CODE)

@@ -47,7 +47,8 @@ class Attempts:
         self._manifests: dict[str, DatasetManifest] = {}
 
     def open(self, caller: Caller, run: str, world_size: int, code_digest: str) -> dict[str, Any]:
-        """Open the next attempt, with `world_size` workers, and end the one before. Says from where it goes on.
+        """Open the next attempt, with `world_size` workers, and end the one before. Says from where it goes on, and all
+        that is public of the run: workers try on it what they are about to do, before they ask for a key.
 
         Raises:
             ConflictError: the run is over; or its attempts are used up, which ends it.
@@ -56,6 +57,7 @@ class Attempts:
         """
         settle_beforehand(self._core, run, again)
         refusal: CloisterError | None = None
+        dataset: Any = None
         with self._core.action(caller, "run:work", step="attempt", world_size=world_size) as act:
             row = self._working(act, run, code_digest)
             spec = TrainingSpec.parse(row.spec)
@@ -73,12 +75,21 @@ class Attempts:
                 with ledger_seals.changing(act, row.dataset):
                     reserve(act.connection, row, again(row))
                     act.connection.execute(update(runs).where(runs.c.id == run).values(**values))
+                dataset, _ = self._leased(act.connection, row)
             except ConflictError as error:
                 refusal, act.outcome = error, "failure"
                 close(act.connection, run, "failed", error.to_dict(), self._core.clock())
         if refusal:
             raise refusal
-        return {"attempt": number, "resume_from": resume_from, "checkpoint": row.checkpoint}
+        return {
+            "attempt": number,
+            "resume_from": resume_from,
+            "checkpoint": row.checkpoint,
+            "manifest": dataset.envelope,
+            "owner_key": dataset.owner_key,
+            "spec": row.spec,
+            "plan": row.plan,
+        }
 
     def lease(
         self, caller: Caller, run: str, attempt: int, rank: int, public_key: bytes, code_digest: str
@@ -165,7 +176,9 @@ class Attempts:
         return kept
 
     def progress(self, caller: Caller, run: str, attempt: int, steps_done: int, rows_per_s: float) -> None:
-        """What people watch: steps, and planned rows over measured time. Realised batch sizes stay in the worker."""
+        """What people watch, after each block: steps, and planned rows over measured time. Realised batch sizes stay in
+        the worker.
+        """
         with self._core.unlogged(caller, "run:work") as act:
             row = self._training(act, run, attempt)
             if not row.resume_from <= steps_done <= row.position:

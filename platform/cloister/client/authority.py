@@ -45,11 +45,18 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """An attempt of a run: it goes on after `resume_from` steps, from `checkpoint` unless it begins anew."""
+    """An attempt of a run: it goes on after `resume_from` steps, from `checkpoint` unless it begins anew.
+
+    The rest is public, and the same in its leases: what it is to do is tried before there is a key.
+    """
 
     number: int
     resume_from: int
     checkpoint: Checkpoint | None
+    manifest: dict[str, Any]
+    owner_key: str
+    spec: dict[str, Any]
+    plan: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,7 +270,13 @@ class AuthorityClient:
         answer = self.post(f"/v1/runs/{run}/attempts", {"world_size": world_size, "code_digest": code_digest})
         kept = answer["checkpoint"]
         return Attempt(
-            number=answer["attempt"], resume_from=answer["resume_from"], checkpoint=Checkpoint(**kept) if kept else None
+            number=answer["attempt"],
+            resume_from=answer["resume_from"],
+            checkpoint=Checkpoint(**kept) if kept else None,
+            manifest=answer["manifest"],
+            owner_key=answer["owner_key"],
+            spec=answer["spec"],
+            plan=answer["plan"],
         )
 
     def lease_shards(self, run: str, attempt: int, rank: int, code_digest: str) -> TrainingLease:

@@ -43,6 +43,61 @@ def noise_std(plan: PrivacyPlan) -> float:
     return plan.noise_multiplier * plan.max_grad_norm * (1 + SLACK)
 
 
+def sampler(
+    plan: PrivacyPlan, shards: Sequence[tuple[str, int]], secret: bytes, *, run: str, attempt: int
+) -> ShardedBatches:
+    """The batches of an attempt, of shards of these names and numbers of rows."""
+
+    def key(shard: str) -> bytes:
+        return derive_key(secret, purpose=f"sampling/{shard}", run=run, attempt=attempt, rank=0)
+
+    return ShardedBatches(shards, plan.sample_rate, key)
+
+
+class TriedEngine:
+    """The engine of a `Mechanism` that is yet to come, tried on this device: before there are rows to train on."""
+
+    def __init__(
+        self, plan: PrivacyPlan, model: nn.Module, x_ND: torch.Tensor, y_N: torch.Tensor, *, world_size: int,
+        engine: str = "bookkeeping", options: ClippingOptions | None = None,
+    ) -> None:  # fmt: skip
+        """Of x_ND and y_N, shapes and types alone are read.
+
+        Raises:
+            InputError: a layer that cannot be trained privately, or a device that computes a row otherwise when others
+                are beside it. Nothing is left on the model.
+        """
+        self._model, self._grid = model, _grid_for(plan, world_size, model)
+        self._clipped = clipping_engine(engine, model, self._grid, options)
+        try:
+            self.ranges(x_ND, y_N)
+        except BaseException:
+            self.close()
+            raise
+
+    def require(self, model: nn.Module, grid: Grid) -> None:
+        """See that it is for this model, and clips to what noise is made for.
+
+        Raises:
+            InputError: it is for another.
+        """
+        if model is not self._model or grid != self._grid:
+            raise InputError("the engine was tried for another model or plan", "try one for this plan")
+
+    def ranges(self, x_ND: torch.Tensor, y_N: torch.Tensor) -> int:
+        return self._clipped.ranges(x_ND, y_N)
+
+    def __call__(self, x_BD: torch.Tensor, y_B: torch.Tensor, blocks: Blocks | None = None) -> torch.Tensor:
+        return self._clipped(x_BD, y_B, blocks)
+
+    def close(self) -> None:
+        self._clipped.close()
+
+
+def _grid_for(plan: PrivacyPlan, ranks: int, model: nn.Module) -> Grid:
+    return grid_of(plan, ranks, sum(p.numel() for p in model.parameters() if p.requires_grad))
+
+
 class Mechanism:
     """Of one rank in one attempt, over its rows."""
 
@@ -53,18 +108,20 @@ class Mechanism:
         clipped_gradients: ClippedGradients | None = None,
     ) -> None:  # fmt: skip
         """`shards` are the names and numbers of rows of the shards that x_ND consists of, in its order.
+        `clipped_gradients` is an engine around the model, such as a `TriedEngine`, in place of one that is made and
+        tried here; `close` closes it.
 
         Raises:
-            InputError: two shards of one name, other numbers of rows, a layer that cannot be trained privately, or a
-                device that computes a row otherwise when others are beside it.
+            InputError: two shards of one name, other numbers of rows, an engine that was tried for others, a layer that
+                cannot be trained privately, or a device that computes a row otherwise when others are beside it.
         """
-        self._grid = grid_of(plan, world_size, sum(p.numel() for p in model.parameters() if p.requires_grad))
+        self._grid = _grid_for(plan, world_size, model)
         self._rank_std = noise_std(plan) / math.sqrt(world_size)
 
         def key(purpose: str) -> bytes:
             return derive_key(secret, purpose=purpose, run=run, attempt=attempt, rank=0)
 
-        self._batches = ShardedBatches(shards, plan.sample_rate, lambda shard: key(f"sampling/{shard}"))
+        self._batches = sampler(plan, shards, secret, run=run, attempt=attempt)
         if self._batches.rows != len(x_ND):
             raise InputError(
                 "the shards have other numbers of rows than there are", "name each shard of x_ND, in order"
@@ -73,6 +130,8 @@ class Mechanism:
         self._x_ND, self._y_N = x_ND, y_N
         self._places_N = places_of(x_ND, y_N, key("places"))
         self._seeds = Keystream(key("layers"))
+        if isinstance(clipped_gradients, TriedEngine):
+            clipped_gradients.require(model, self._grid)
         self._clipped = clipped_gradients or clipping_engine(engine, model, self._grid, options)
         try:
             self._ranges = self._clipped.ranges(x_ND, y_N)

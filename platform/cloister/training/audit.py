@@ -91,32 +91,40 @@ class Canaries:
         return Opened(x, y, [*rows.shards, (PUBLIC_SHARD, int(chosen.sum()))])
 
 
-class RunAudit:
-    """Both audits of one run, by the rank that registers its model: of the steps before they cost anything, and of the
-    model after, whose training rows are to be those of `canaries.among(rows)`.
+def attack_steps(plan: PrivacyPlan, *, engine: str) -> MechanismAudit:
+    """`audit_step`, before there are rows or keys.
 
     Raises:
         IntegrityError: the steps are less private than the plan says.
     """
+    found = audit_step(plan, engine=engine)
+    if found.falsified:
+        raise IntegrityError(
+            f"an attack on this worker's steps shows an epsilon of {found.epsilon_lower_bound:.3g} or batches"
+            f" that are not Poisson's, where the plan says {plan.epsilon_certified:.3g}; nothing was trained",
+            "do not train with this software, and report it",
+        )
+    return found
+
+
+class RunAudit:
+    """Both audits of one run, by the rank that registers its model: of the steps, which `attack_steps` has made, and of
+    the model, whose training rows are to be those of `canaries.among(rows)`.
+    """
 
     def __init__(
-        self, plan: PrivacyPlan, model: nn.Module, width: int, classes: int, *, run: str, secret: bytes, engine: str
-    ) -> None:
+        self, steps: MechanismAudit, plan: PrivacyPlan, model: nn.Module, width: int, classes: int, *, run: str,
+        secret: bytes,
+    ) -> None:  # fmt: skip
         """`secret` is one of the run's, the same in every attempt."""
-        self._step = audit_step(plan, engine=engine)
-        if self._step.falsified:
-            raise IntegrityError(
-                f"an attack on this worker's steps shows an epsilon of {self._step.epsilon_lower_bound:.3g} or batches"
-                f" that are not Poisson's, where the plan says {plan.epsilon_certified:.3g}; nothing was trained",
-                "do not train with this software, and report it",
-            )
+        self._steps = steps
         drawn = draw_canaries(width, classes, canaries_for(plan.rows), run=run, secret=secret)
         self.canaries = drawn.through(lambda x: fixed_features(model, x))
 
     def of(self, model: nn.Module) -> dict[str, Any]:
         """What was seen, for the authority; what it means is for the authority to say."""
         guesses = audit_model(trainable_part(model), self.canaries)
-        return {"mechanism": self._step.to_dict(), "one_run": guesses._asdict()}
+        return {"mechanism": self._steps.to_dict(), "one_run": guesses._asdict()}
 
 
 def canaries_for(rows: int) -> int:

@@ -32,7 +32,7 @@ from cloister.errors import InputError
 from cloister.privacy.clipping import ClippedGradients, ClippingOptions
 from cloister.privacy.mechanism import Mechanism, noise_std
 from cloister.privacy.plan import BLOCK_STEPS, PrivacyPlan
-from cloister.training.tripwires import StreamWatch, Tripwires
+from cloister.training.tripwires import NoiseWatch, Tripwires
 
 PUBLIC_SHARD = "public/canaries"
 """The name of a shard whose rows are invented: they are sampled and clipped as all others, and the plan does not count
@@ -87,12 +87,13 @@ def train(
     `secret` comes from `fresh_secret()` in this process and is never stored. `all_reduce` sums a tensor over the
     ranks in place. `shards` are the names and numbers of rows of the shards that x_ND consists of, in its order.
     `checkpoint(done)` is called after the last step of each block: the point to keep model and optimiser.
-    `on_step(done)` is called after each step. All ranks start from the same weights (`build_model` sees to that).
+    `on_step(done)` is called after each step. `clipped_gradients` is an engine around the model, tried before, in place
+    of `engine` and `options`; it is closed. All ranks start from the same weights (`build_model` sees to that).
 
     Raises:
         InputError: rows that are not tensors, more rows than the plan declares, a layer that cannot be trained
             privately, a step that hands something back.
-        IntegrityError: a tripwire: noise is missing or repeated, batches repeat, weights do not move.
+        IntegrityError: a tripwire: noise is missing or repeated, weights do not move.
     """
     _require_rows(x_ND, y_N, plan, public=sum(rows for name, rows in shards or () if name == PUBLIC_SHARD))
     if not 0 <= rank < world_size or not 0 <= resume_from <= plan.steps or block_steps < 1:
@@ -103,16 +104,15 @@ def train(
         world_size=world_size, secret=secret, engine=engine, options=options, clipped_gradients=clipped_gradients,
     )  # fmt: skip
     try:
-        tripwires, streams = Tripwires(model, plan, noise_std(plan)), StreamWatch(plan.sample_rate, len(x_ND))
+        tripwires, noise = Tripwires(model, plan, noise_std(plan)), NoiseWatch()
         model.train()
         for step in range(resume_from, plan.steps):
             block_end = min(step - (step - resume_from) % block_steps + block_steps, plan.steps)
             if (step - resume_from) % block_steps == 0:
                 commit_block(step, block_end)  # 1
             rows_B = mechanism.sample()  # 2
-            streams.see_batch(rows_B)
             sum_P = mechanism.clipped_sum(rows_B)  # 3
-            with streams.watching_noise(sum_P):
+            with noise.watching(sum_P):
                 mechanism.add_noise(step, sum_P)  # 4
             all_reduce(sum_P)  # 5
             tripwires.see_sum(sum_P)

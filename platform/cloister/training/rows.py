@@ -1,7 +1,7 @@
-"""The rows that one lease opens: fetched, checked, decrypted, encoded.
+"""What is public of a run's rows, and the rows that one lease opens: fetched, checked, decrypted, encoded.
 
-Guarantees: a shard is used only if its bytes are those of the signed manifest and it opens under its own key and name;
-only the columns that are trained on are decrypted; rows are in clear only in this process.
+Guarantees: `Declared` needs no lease; a shard is used only if its bytes are those of the signed manifest and it opens
+under its own key and name; only the columns that are trained on are decrypted; rows are in clear only in this process.
 """
 
 from __future__ import annotations
@@ -33,18 +33,31 @@ class Opened(NamedTuple):
     shards: list[tuple[str, int]]
 
 
-class Rows:
-    """What a lease lets this rank read of its dataset, and what the spec makes of it."""
+class Declared:
+    """What a signed manifest and a spec say of a run's rows: all but the rows."""
 
-    def __init__(self, lease: TrainingLease) -> None:
-        self.manifest = signed_manifest(lease.manifest, lease.owner_key)
-        self.spec = TrainingSpec.parse(lease.spec)
+    def __init__(self, manifest: dict[str, Any], owner_key: str, spec: dict[str, Any]) -> None:
+        """`manifest` is an envelope, signed by the key `owner_key` (PEM).
+
+        Raises:
+            IntegrityError: it is not.
+            InputError: the spec does not fit the schema.
+        """
+        self.manifest = signed_manifest(manifest, owner_key)
+        self.spec = TrainingSpec.parse(spec)
         self._schema = schema = DatasetSchema.from_mapping(self.manifest.dataset_schema)
         self.features = schema.feature_columns(self.spec.features)
         self.encoder = FeatureEncoder(self.features)
         self.labels = schema.column(self.spec.label).values or ()
+
+
+class Rows(Declared):
+    """What a lease lets this rank read of its dataset, and what the spec makes of it."""
+
+    def __init__(self, lease: TrainingLease) -> None:
+        super().__init__(lease.manifest, lease.owner_key, lease.spec)
         self._wanted = {column.name for column in self.features} | {self.spec.label}
-        self._region = schema.region
+        self._region = self._schema.region
         self._keys = lease.keys
         self._blobs = open_blobs(lease.blobs)
 

@@ -1,14 +1,15 @@
 # ruff: noqa: N803 - the letters after a tensor's name are its shape
 """Tripwires: what must be so in the first steps of an attempt if DP-SGD is what runs, and in each if streams are alive.
 
-Guarantees: `Tripwires` reads nothing but what is released anyway, the noisy sum and the weights (post-processing costs
-no privacy); a check that trips on a sound run does so with a probability below 1e-11. `StreamWatch` compares a step's
-draws with the step before's, and tells nothing of them.
+Guarantees: whether one trips tells nothing of rows. `Tripwires` reads nothing but what is released anyway, the noisy
+sum and the weights (post-processing costs no privacy). `NoiseWatch` reads noise alone: sums are whole units, so that
+what noise adds to one is that noise, to the last bit. Batches are private: `probe_sampler` looks at others, which are
+never used. A check that trips on a sound run does so with a probability below 1e-11.
 
     noise       each parameter's part of the noisy sum is no shorter than its noise alone would be
     clipping    the noisy sum is no longer than clipped gradients of that many rows, and their noise, can be
     movement    after the last checked step each parameter has moved
-    streams     no batch and no noise equals the one before
+    streams     no noise equals the one before; before there are rows, not all batches are alike
 
 Not promised: to notice noise that is a little too small. The audit does (`privacy.auditing`).
 """
@@ -20,12 +21,13 @@ import math
 from collections.abc import Iterator
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
 from cloister.errors import IntegrityError
 from cloister.privacy.grid import SLACK
+from cloister.privacy.keystream import fresh_secret
+from cloister.privacy.mechanism import sampler
 from cloister.privacy.plan import PrivacyPlan
 
 STEPS = 3
@@ -34,7 +36,8 @@ _HINT = "do not use this build; report it"
 _LOWER_TAIL = math.sqrt(4 * 27.7)
 _UPPER_TAIL = 8.0  # standard deviations
 _NOISE_PROBE = 16  # values of a step's noise that are compared with the step before's
-_MIN_BITS = 64  # of surprise, before two equal batches count as a fault
+_MIN_BITS = 64  # of surprise, before equal batches count as a fault
+_MOST_DRAWS = 1000  # where batches are nearly always empty, more of them would take too long
 
 
 class Tripwires:
@@ -85,28 +88,14 @@ class Tripwires:
         self._before = []
 
 
-class StreamWatch:
-    """Notices a sampler or a noise stream that stands still."""
+class NoiseWatch:
+    """Notices a noise stream that stands still."""
 
-    def __init__(self, sample_rate: float, rows: int) -> None:
-        q = sample_rate
-        bits = rows * -math.log2(q * q + (1 - q) * (1 - q)) if 0 < q < 1 else 0.0
-        self._compares_batches = bits >= _MIN_BITS
-        self._batch: npt.NDArray[np.int64] | None = None
+    def __init__(self) -> None:
         self._noise: torch.Tensor | None = None
 
-    def see_batch(self, rows_B: npt.NDArray[np.int64]) -> None:
-        """One step's rows.
-
-        Raises:
-            IntegrityError: they are those of the step before.
-        """
-        if self._compares_batches and self._batch is not None and np.array_equal(self._batch, rows_B):
-            raise IntegrityError("two batches in a row are the same: the sampler stands still", _HINT)
-        self._batch = rows_B
-
     @contextlib.contextmanager
-    def watching_noise(self, sum_P: torch.Tensor) -> Iterator[None]:
+    def watching(self, sum_P: torch.Tensor) -> Iterator[None]:
         """Around what adds noise to `sum_P` in place.
 
         Raises:
@@ -119,3 +108,28 @@ class StreamWatch:
         if repeated and bool((noise != 0).any()):
             raise IntegrityError("two steps in a row have the same noise: the stream stands still", _HINT)
         self._noise = noise
+
+
+def probe_sampler(plan: PrivacyPlan) -> None:
+    """Draw batches as a run of this plan draws them, from a table of as many rows, under a secret that is thrown away.
+
+    Raises:
+        IntegrityError: all of them are the same.
+    """
+    secret = fresh_secret()
+    draws = _draws_to_tell(plan.sample_rate, plan.rows)
+    batches = sampler(plan, [("probe", plan.rows)], secret, run="probe", attempt=1)
+    first = batches.next_batch()
+    if draws and all(np.array_equal(first, batches.next_batch()) for _ in range(draws)):
+        raise IntegrityError("all batches are the same: the sampler stands still", _HINT)
+
+
+def _draws_to_tell(q: float, rows: int) -> int:
+    """How many batches more, before it is a fault that all equal the first; 0 if that says nothing.
+
+    P[k batches more equal the first] = Σ p(batch)^(k+1) <= (Σ p(batch)²)^((k+1)/2), as the norms of p fall.
+    """
+    bits = rows * -math.log2(q * q + (1 - q) * (1 - q)) if 0 < q < 1 else 0.0
+    if bits * _MOST_DRAWS < 2 * _MIN_BITS:
+        return 0
+    return max(1, math.ceil(2 * _MIN_BITS / bits) - 1)

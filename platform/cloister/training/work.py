@@ -2,67 +2,50 @@
 
 Guarantees: rows are in clear only in this process, only while it works; only noisy sums, step counts and one noisy
 histogram leave; the model and its checkpoints leave sealed; what resumes from a checkpoint has the authority's word
-that it is the run's newest, and draws new randomness: none is in it.
+that it is the run's newest, and draws new randomness: none is in it. What can refuse a spec, a model or a device does
+so before there is a key: no rank asks for one until all ranks have tried. From then on a run is stopped by people,
+crashes, the ledger, or bytes that are not those that were sealed; and by tripwires, which see noise or noisy sums.
 
     1. attempt   rank 0 opens the next one, which ends the one before; all learn from where it goes on
-    2. lease     one-time key out, data keys back, sealed to it
-    3. open      this rank's shards, however many ranks share them
-    4. rehearse  on public rows: the model keeps rows apart; rank 0 attacks the steps of the plan, opens the holdout and
-                 exports the model untrained, unless an attempt before has: what would fail at the end fails before it
-                 costs
+    2. try       on invented rows, all that is to be done (`trial.py`); if one rank cannot, none goes on
+    3. lease     one-time key out, data keys back, sealed to it
+    4. open      this rank's shards, however many ranks share them; rank 0 opens the holdout
     5. resume    if there is a checkpoint: fetch, compare digests, open, restore, on every rank
     6. train     DP-SGD; blocks of steps on record before their noise exists; a sealed checkpoint after each
     7. publish   rank 0: evaluation with noise, what canaries tell of the model, ONNX, seal, upload, register;
                  the checkpoints go
 
-Canaries are invented rows of noise, drawn by a secret of the run (`audit.py`); rank 0 trains on half of them, beside
-its own rows.
+Canaries are invented rows of noise, drawn by a secret of the run (`audit.py`) that comes with the lease; rank 0 trains
+on half of them, beside its own rows. Progress is told in whole blocks of steps.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from cloister.canonical import b64, canonical_json, sha256_hex
+from cloister.canonical import b64, sha256_hex
 from cloister.client.authority import Attempt, AuthorityClient, Checkpoint, TrainingLease
-from cloister.errors import IntegrityError, UnavailableError, from_dict
+from cloister.errors import IntegrityError, UnavailableError
 from cloister.models.manifest import ModelManifest
 from cloister.privacy.evaluation import Counts
 from cloister.privacy.keystream import fresh_secret
 from cloister.privacy.plan import BLOCK_STEPS, PrivacyPlan
-from cloister.process import describe
 from cloister.sealing.stream import seal
 from cloister.stores.blobs import open_blobs
 from cloister.training import checkpoint
-from cloister.training.architectures import build_model, fixed_features, seed_of, trainable_part
+from cloister.training.architectures import fixed_features
 from cloister.training.audit import RunAudit
-from cloister.training.evaluation import Evaluator
 from cloister.training.export import to_onnx
+from cloister.training.group import Group, from_rank_0, on_each_rank
 from cloister.training.loop import make_optimizer, train
-from cloister.training.rehearsal import rehearse
 from cloister.training.rows import Rows
-
-PROGRESS_INTERVAL_S = 0.5
-
-
-class Group(Protocol):
-    """The ranks of an attempt, as `torch.distributed` or a test provides them."""
-
-    rank: int
-    world_size: int
-
-    def all_reduce(self, tensor: torch.Tensor) -> None:
-        """Sum over all ranks, in place."""
-
-    def share(self, message: bytes) -> bytes:
-        """What rank 0 passes, on every rank; returns only when rank 0 has passed it."""
+from cloister.training.trial import try_out
 
 
 def open_attempt(authority: AuthorityClient, run: str, code_digest: str, group: Group) -> Attempt:
@@ -71,7 +54,7 @@ def open_attempt(authority: AuthorityClient, run: str, code_digest: str, group: 
     Raises:
         CloisterError: the authority refuses, as it told rank 0.
     """
-    said = _from_rank_0(group, lambda: asdict(authority.open_attempt(run, group.world_size, code_digest)))
+    said = from_rank_0(group, lambda: asdict(authority.open_attempt(run, group.world_size, code_digest)))
     return Attempt(**said | {"checkpoint": Checkpoint(**said["checkpoint"]) if said["checkpoint"] else None})
 
 
@@ -84,23 +67,19 @@ def work(
     Raises:
         CloisterError: something is not as it was signed, planned or granted.
     """
-    lease = authority.lease_shards(run, attempt.number, group.rank, code_digest)  # 2
+    model, learner, engine, evaluator, attack = on_each_rank(group, lambda: try_out(run, attempt, group))  # 2
+    lease = authority.lease_shards(run, attempt.number, group.rank, code_digest)  # 3
+    _require_same(lease, attempt)
     rows, plan = Rows(lease), PrivacyPlan.from_dict(lease.plan)
-    engine = rows.spec.privacy.engine
-    opened = rows.load("train")  # 3
-    model = build_model(rows.spec.model.model_dump(mode="json"), rows.encoder.width, len(rows.labels), seed_of(run))
-    learner = trainable_part(model)
+    opened = rows.load("train")  # 4
     opened = opened._replace(x=fixed_features(model, opened.x))
-    rehearse(learner, opened.x)  # 4
     audit = None
-    if group.rank == 0:
+    if attack and evaluator:  # rank 0
         audit = RunAudit(
-            plan, model, rows.encoder.width, len(rows.labels), run=run, secret=lease.checkpoint_key, engine=engine
+            attack, plan, model, rows.encoder.width, len(rows.labels), run=run, secret=lease.checkpoint_key
         )
         opened = audit.canaries.among(opened)
-        holdout, evaluator = rows.load("holdout"), Evaluator(model, rows.encoder.width)
-        if attempt.checkpoint is None:
-            to_onnx(model, rows.encoder.width)
+        holdout = rows.load("holdout")
     optimizer = make_optimizer(learner, rows.spec.training.optimizer, rows.spec.training.learning_rate)
     checkpoints = _Checkpoints(authority, run, attempt, lease, learner, optimizer)
     checkpoints.restore()  # 5
@@ -119,31 +98,23 @@ def work(
         commit_block=_committer(authority, run, attempt, group),
         shards=opened.shards,
         checkpoint=checkpoints.save if group.rank == 0 else None,
-        on_step=_reporter(authority, run, attempt, plan) if group.rank == 0 else None,
+        on_step=_reporter(authority, run, attempt, plan, block_steps) if group.rank == 0 else None,
         resume_from=attempt.resume_from,
         block_steps=block_steps,
-        engine=engine,
+        clipped_gradients=engine,
     )
-    if audit is None:
+    if audit is None or evaluator is None:
         return None
     evaluation = plan.evaluation(len(rows.labels), rows.manifest.rows("holdout"))  # 7
     histogram = evaluation.released(evaluator(evaluation, holdout.x, holdout.y))
     return _publish(authority, run, attempt, lease, rows, model, histogram, audit)
 
 
-def _from_rank_0(group: Group, act: Callable[[], Any]) -> Any:
-    """What `act` gives on rank 0, as JSON, on every rank; or what it failed with, raised on every rank."""
-    failure: Exception | None = None
-    said: dict[str, Any] = {}
-    if group.rank == 0:
-        try:
-            said = {"value": act()}
-        except Exception as error:  # noqa: BLE001  (whatever it is, the other ranks must not wait for ever)
-            failure, said = error, {"error": describe(error)}
-    told = json.loads(group.share(canonical_json(said)))
-    if "error" in told:
-        raise failure or from_dict(told["error"])
-    return told["value"]
+def _require_same(lease: TrainingLease, attempt: Attempt) -> None:
+    """What was tried came from rank 0; what is trained comes from the authority."""
+    leased = lease.manifest, lease.owner_key, lease.spec, lease.plan
+    if leased != (attempt.manifest, attempt.owner_key, attempt.spec, attempt.plan):
+        raise IntegrityError("the lease is for something else than was tried", "submit the run again")
 
 
 def _committer(
@@ -151,7 +122,7 @@ def _committer(
 ) -> Callable[[int, int], None]:  # fmt: skip
     def commit(first: int, stop: int) -> None:
         body = {"attempt": attempt.number, "first": first, "last": stop}
-        _from_rank_0(group, lambda: authority.post(f"/v1/runs/{run}/blocks", body))
+        from_rank_0(group, lambda: authority.post(f"/v1/runs/{run}/blocks", body))
 
     return commit
 
@@ -208,24 +179,22 @@ class _Checkpoints:
         return self._lease.checkpoint_context | {"blob": path}
 
 
-def _reporter(authority: AuthorityClient, run: str, attempt: Attempt, plan: PrivacyPlan) -> Callable[[int], None]:
-    """Tell people how far it is, in rows as planned (q·N a step): realised batch sizes are private. In two digits, or
-    how long single steps took, and so how many rows they had, could be told from the differences.
+def _reporter(
+    authority: AuthorityClient, run: str, attempt: Attempt, plan: PrivacyPlan, block_steps: int
+) -> Callable[[int], None]:  # fmt: skip
+    """Tell people how far it is, at the end of each block, in rows as planned (q·N a step): realised batch sizes are
+    private. From the times of single steps, or of a block in more than two digits, they could be told.
     """
-    started = last = time.monotonic()
-    first_step: int | None = None
+    started = time.monotonic()
 
     def report(done: int) -> None:
-        nonlocal last, first_step, started
-        now = time.monotonic()
-        if first_step is None:  # the first step also warms caches: it is not counted
-            first_step, started = done, now
-        elif now - last >= PROGRESS_INTERVAL_S or done == plan.steps:
-            last = now
-            rows_per_s = (done - first_step) * plan.expected_batch_size / (now - started)
-            with suppress(UnavailableError):  # the run has paid for its steps: it does not die for a report
-                body = {"attempt": attempt.number, "steps_done": done, "rows_per_s": float(f"{rows_per_s:.2g}")}
-                authority.post(f"/v1/runs/{run}/progress", body)
+        steps = done - attempt.resume_from
+        if steps % block_steps and done != plan.steps:
+            return
+        rows_per_s = steps * plan.expected_batch_size / max(time.monotonic() - started, 1e-9)
+        with suppress(UnavailableError):  # the run has paid for its steps: it does not die for a report
+            body = {"attempt": attempt.number, "steps_done": done, "rows_per_s": float(f"{rows_per_s:.2g}")}
+            authority.post(f"/v1/runs/{run}/progress", body)
 
     return report
 

@@ -106,15 +106,22 @@ class TorchGroup:
                 dist.all_reduce(tensor)
 
     def share(self, message: bytes) -> bytes:
+        return self._of(0, message)
+
+    def gather(self, message: bytes) -> list[bytes]:
+        return [self._of(rank, message) for rank in range(self.world_size)]
+
+    def _of(self, rank: int, message: bytes) -> bytes:
+        """What that rank passes, on every rank."""
         if self.world_size == 1:
             return message
         with _broken():
             size = torch.tensor([len(message)])
-            dist.broadcast(size, src=0)
+            dist.broadcast(size, src=rank)
             content = torch.zeros(int(size), dtype=torch.uint8)
-            if self.rank == 0:
+            if self.rank == rank:
                 content = torch.frombuffer(bytearray(message), dtype=torch.uint8)
-            dist.broadcast(content, src=0)
+            dist.broadcast(content, src=rank)
         return content.numpy().tobytes()
 
 

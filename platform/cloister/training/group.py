@@ -1,0 +1,70 @@
+"""The ranks of an attempt, and what one of them says to all.
+
+Guarantees: what an act on one rank fails with is raised on every rank, in words that may be written down (`describe`);
+no rank waits for one that has failed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from cloister.canonical import canonical_json
+from cloister.errors import from_dict
+from cloister.process import describe
+
+T = TypeVar("T")
+
+
+class Group(Protocol):
+    """The ranks of an attempt, as `torch.distributed` or a test provides them."""
+
+    rank: int
+    world_size: int
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        """Sum over all ranks, in place."""
+
+    def share(self, message: bytes) -> bytes:
+        """What rank 0 passes, on every rank; returns only when rank 0 has passed it."""
+
+    def gather(self, message: bytes) -> list[bytes]:
+        """What each rank passes, in their order, on every rank; returns only when all have passed it."""
+
+
+def from_rank_0(group: Group, act: Callable[[], Any]) -> Any:
+    """What `act` gives on rank 0, as JSON, on every rank; or what it failed with, raised on every rank."""
+    failure: Exception | None = None
+    said: dict[str, Any] = {}
+    if group.rank == 0:
+        try:
+            said = {"value": act()}
+        except Exception as error:  # noqa: BLE001  (whatever it is, the other ranks must not wait for ever)
+            failure, said = error, {"error": describe(error)}
+    told = json.loads(group.share(canonical_json(said)))
+    if "error" in told:
+        raise failure or from_dict(told["error"])
+    return told["value"]
+
+
+def on_each_rank(group: Group, act: Callable[[], T]) -> T:
+    """What `act` gives on this rank, once it has succeeded on all.
+
+    Raises:
+        CloisterError: it failed on a rank: the same on every rank, what it failed with on the first of those.
+    """
+    done: list[T] = []
+    failure: Exception | None = None
+    try:
+        done.append(act())
+    except Exception as error:  # noqa: BLE001  (as above)
+        failure = error
+    said = {} if failure is None else {"error": describe(failure)}
+    for rank, message in enumerate(group.gather(canonical_json(said))):
+        told = json.loads(message)
+        if "error" in told:
+            raise failure if failure is not None and rank == group.rank else from_dict(told["error"])
+    return done[0]
