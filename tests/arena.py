@@ -83,7 +83,7 @@ class Arena:
         self.committed: dict[str, int] = {}
         self._run = self._endpoint = self._approval = ""
         self.serving, self.candidate = 1, 2
-        world.set_budget(100.0, 9e-3)
+        world.set_budget(100.0, 2e-3)
         for name, roles in {"sam": ["security-officer"], "dora": ["consumer"]}.items():
             world.register(name, roles)
         self.train()
@@ -303,7 +303,7 @@ class Arena:
         return {"early": False}
 
     def _budget(self, _path: Any) -> Any:
-        return {"epsilon": 100.0, "delta": 9e-3}
+        return {"epsilon": 100.0, "delta": 2e-3}
 
     def _plan(self, _path: Any) -> Any:
         return {"spec": training_spec(privacy=PRIVACY)}

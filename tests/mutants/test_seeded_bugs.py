@@ -38,7 +38,7 @@ STREAMS, ACCOUNTING = "tests/unit/test_privacy_streams.py", "tests/unit/test_pri
 ATTEMPTS, SEALS = "tests/unit/test_authority_attempts.py", "tests/unit/test_authority_seals.py"
 WORK, GRID = "tests/unit/test_work.py", "tests/unit/test_privacy_grid.py"
 EVALUATION, REHEARSAL = "tests/unit/test_privacy_evaluation.py", "tests/unit/test_rehearsal.py"
-TRIED = "    model, learner, engine, evaluator, attack = on_each_rank(group, lambda: try_out(run, attempt, group))  # 2\n"
+TRIED = "    trial = on_each_rank(group, lambda: try_out(run, attempt, group))  # 2\n"
 LEASED = "    lease = authority.lease_shards(run, attempt.number, group.rank, code_digest)  # 3\n"
 
 BUGS = (

@@ -67,19 +67,20 @@ def work(
     Raises:
         CloisterError: something is not as it was signed, planned or granted.
     """
-    model, learner, engine, evaluator, attack = on_each_rank(group, lambda: try_out(run, attempt, group))  # 2
+    trial = on_each_rank(group, lambda: try_out(run, attempt, group))  # 2
     lease = authority.lease_shards(run, attempt.number, group.rank, code_digest)  # 3
     _require_same(lease, attempt)
-    rows, plan = Rows(lease), PrivacyPlan.from_dict(lease.plan)
+    rows, plan, model = Rows(lease), PrivacyPlan.from_dict(lease.plan), trial.model
     opened = rows.load("train")  # 4
     opened = opened._replace(x=fixed_features(model, opened.x))
     audit = None
-    if attack and evaluator:  # rank 0
+    if trial.attack:  # rank 0
         audit = RunAudit(
-            attack, plan, model, rows.encoder.width, len(rows.labels), run=run, secret=lease.checkpoint_key
+            trial.attack, plan, model, rows.encoder.width, len(rows.labels), run=run, secret=lease.checkpoint_key
         )
         opened = audit.canaries.among(opened)
         holdout = rows.load("holdout")
+    learner = trial.learner
     optimizer = make_optimizer(learner, rows.spec.training.optimizer, rows.spec.training.learning_rate)
     checkpoints = _Checkpoints(authority, run, attempt, lease, learner, optimizer)
     checkpoints.restore()  # 5
@@ -101,12 +102,12 @@ def work(
         on_step=_reporter(authority, run, attempt, plan, block_steps) if group.rank == 0 else None,
         resume_from=attempt.resume_from,
         block_steps=block_steps,
-        clipped_gradients=engine,
+        clipped_gradients=trial.engine,
     )
-    if audit is None or evaluator is None:
+    if audit is None or trial.evaluator is None:
         return None
     evaluation = plan.evaluation(len(rows.labels), rows.manifest.rows("holdout"))  # 7
-    histogram = evaluation.released(evaluator(evaluation, holdout.x, holdout.y))
+    histogram = evaluation.released(trial.evaluator(evaluation, holdout.x, holdout.y))
     return _publish(authority, run, attempt, lease, rows, model, histogram, audit)
 
 
