@@ -35,8 +35,9 @@ DEFAULT_EPSILON = 0.2
 MOST_BINS = 10
 # Bins are as many as keep the noise of the accuracy below this, in standard deviations.
 _NOISE_OF_ACCURACY = 0.0075
-# The doubt, 1 - confidence, falls from each bin to the next by the same factor, and by this much over all.
-_DOUBT = 32.0
+# The doubt, 1 - confidence, falls from each bin to the next by the same factor, and by this much over all: small
+# networks are sure of much.
+_DOUBT = 256.0
 # 95 % of a Laplace distribution; of sums of several draws, which are nearer to a Gaussian, somewhat more.
 _Z = math.log(20) / math.sqrt(2)
 
