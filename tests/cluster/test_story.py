@@ -459,9 +459,15 @@ def test_a_changed_shard_ends_the_run_and_costs_no_epsilon(story: Story) -> None
     assert len(story.line.json("model", "list", who="ed")) == 1, "no model came of it"
 
 
-def test_rays_own_command_submits_the_job_and_nothing_leaks_while_it_runs(story: Story, tmp_path: Path) -> None:
+def test_rays_own_command_trains_with_the_second_engine_and_nothing_leaks_meanwhile(
+    story: Story, tmp_path: Path
+) -> None:
     spec = tmp_path / "short.yaml"
-    spec.write_text(SPEC.read_text().replace("epochs: 20", "epochs: 1").replace("epsilon: 3.0", "epsilon: 0.5"))
+    changes = {"epochs: 20": "epochs: 1", "epsilon: 3.0": "epsilon: 0.5", "engine: bookkeeping": "engine: opacus"}
+    text = SPEC.read_text()
+    for first, second in changes.items():
+        text = text.replace(first, second)
+    spec.write_text(text)
     held = story.submit(spec, "--hold")
     command = ["job", "submit", "--working-dir", held["jobs"], "--", "python", "train.py", "--run", held["run"]]
     with (tmp_path / "output").open("wb") as output:
@@ -486,6 +492,7 @@ def test_rays_own_command_submits_the_job_and_nothing_leaks_while_it_runs(story:
     assert len({each.port for each in leaks.listeners if "TrainWorker" in each.title}) == 4, leaks.listeners
     assert story.line.json("train", "watch", held["run"], who="ed")["state"] == "finished"
     assert [row["model"] for row in story.line.json("model", "list", who="ed")] == ["adult@1", "adult@2"]
+    assert re.search(r"engine +opacus\n", story.line.run("model", "show", "adult@2", who="rita").stdout)
 
 
 def test_a_run_can_be_stopped_and_its_epsilon_is_free_again(story: Story) -> None:

@@ -63,24 +63,25 @@ class NoProcessGroup(TorchConfig):
 
 @contextlib.contextmanager
 def process_group() -> Iterator[TorchGroup]:
-    """Join the other ranks of this start, all on this host, and leave at the end. One rank alone needs no group."""
+    """Join the other ranks of this start, all on this host, and leave at the end. One rank alone needs no group.
+
+    It is not torch's default group. An export to ONNX keeps that one alive beyond its end, so that the others would
+    wait for a rank that has left.
+    """
     group = TorchGroup()
     if group.world_size == 1:
         yield group
         return
     file = Path(os.environ[MARKER]) / f"ranks-{os.environ[MEETING]}"
+    store = dist.FileStore(str(file), group.world_size)  # type: ignore[attr-defined]  # torch exports it untold
     with _broken():
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{file}",
-            rank=group.rank,
-            world_size=group.world_size,
-            timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
-        )
+        group.gloo = dist.ProcessGroupGloo(
+            store, group.rank, group.world_size, timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+        )  # fmt: skip
     try:
         yield group
     finally:
-        dist.destroy_process_group()
+        group.gloo = None  # its connections end with it, which wakes the others up
 
 
 @contextlib.contextmanager
@@ -95,15 +96,18 @@ def _broken() -> Iterator[None]:
 class TorchGroup:
     """`torch.distributed` (gloo) as a `Group`."""
 
+    gloo: Any = None
+    """A `ProcessGroupGloo`, whose methods torch has no types for; None for one rank alone."""
+
     def __init__(self) -> None:
         context = train.get_context()
         self.rank = context.get_world_rank()
         self.world_size = context.get_world_size()
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
-        if self.world_size > 1:
+        if self.gloo:
             with _broken():
-                dist.all_reduce(tensor)
+                self.gloo.allreduce([tensor]).wait()
 
     def share(self, message: bytes) -> bytes:
         return self._of(0, message)
@@ -113,15 +117,15 @@ class TorchGroup:
 
     def _of(self, rank: int, message: bytes) -> bytes:
         """What that rank passes, on every rank."""
-        if self.world_size == 1:
+        if self.gloo is None:
             return message
         with _broken():
             size = torch.tensor([len(message)])
-            dist.broadcast(size, src=rank)
+            self.gloo.broadcast(size, rank).wait()
             content = torch.zeros(int(size), dtype=torch.uint8)
             if self.rank == rank:
                 content = torch.frombuffer(bytearray(message), dtype=torch.uint8)
-            dist.broadcast(content, src=rank)
+            self.gloo.broadcast(content, rank).wait()
         return content.numpy().tobytes()
 
 
