@@ -381,6 +381,7 @@ def test_what_is_shown_of_a_model_has_no_key(world: World) -> None:
     metrics = shown["metrics"]
     assert (metrics["histogram"], metrics["evaluation_epsilon"]) == (HISTOGRAM, 0.2)
     assert metrics["holdout_accuracy"] == metrics["accuracy"]["value"]
+    assert world.budget()["runs"][0]["evaluation_epsilon"] == 0.2, "the ledger has what was told of held-out rows"
 
 
 def test_two_people_with_one_key_cannot_be_made_into_two_votes(world: World) -> None:

@@ -58,6 +58,7 @@ def test_the_whole_plan_is_charged_at_submit(world: World) -> None:
     assert world.budget()["delta_charged"] == DELTA
     (spent,) = world.budget()["runs"]
     assert (spent["run"], spent["author"], spent["state"], spent["epsilon"]) == (run, "ed", "submitted", EPSILON)
+    assert spent["evaluation_epsilon"] == 0.0, "nothing is told of held-out rows yet"
 
 
 def test_a_run_over_budget_is_refused(world: World) -> None:

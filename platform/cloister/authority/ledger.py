@@ -123,6 +123,9 @@ def spending(connection: Connection, name: str) -> dict[str, Any]:
                 "run": row.id, "dataset": f"{row.dataset}@{row.version}", "author": row.author, "state": row.state,
                 "epsilon": row.epsilon_charged, "delta": row.delta_charged, "settled": row.settled,
                 "steps": row.steps_committed, "attempts": row.attempt, "created": row.created,
+                # Released with the model, of rows that are held out: they pay this where the others pay `epsilon`.
+                "evaluation_epsilon": PrivacyPlan.from_dict(row.plan).evaluation_epsilon
+                if row.state == "finished" else 0.0,
             }
             for row in rows
         ],

@@ -61,9 +61,9 @@ def show(context: Context, dataset: str) -> None:
     ], empty="Nobody has spent any of it.")  # fmt: skip
     if shown["runs"]:
         output.say()
-        output.table(("run", "on", "by", "state", "attempts", "steps", "epsilon", ""), [
+        output.table(("run", "on", "by", "state", "attempts", "steps", "epsilon", "if held out", ""), [
             (r["run"], r["dataset"], r["author"], r["state"], r["attempts"], f"{r['steps']:,}", r["epsilon"],
-             "" if r["settled"] else "held")
+             r["evaluation_epsilon"], "" if r["settled"] else "held")
             for r in shown["runs"]
         ], empty="")  # fmt: skip
 
