@@ -38,6 +38,7 @@ STREAMS, ACCOUNTING = "tests/unit/test_privacy_streams.py", "tests/unit/test_pri
 ATTEMPTS, SEALS = "tests/unit/test_authority_attempts.py", "tests/unit/test_authority_seals.py"
 WORK, GRID = "tests/unit/test_work.py", "tests/unit/test_privacy_grid.py"
 EVALUATION, REHEARSAL = "tests/unit/test_privacy_evaluation.py", "tests/unit/test_rehearsal.py"
+ORDINALS = "tests/unit/test_ordinals.py"
 TRIED = "    trial = on_each_rank(group, lambda: try_out(run, attempt, group))  # 2\n"
 LEASED = "    lease = authority.lease_shards(run, attempt.number, group.rank, code_digest)  # 3\n"
 
@@ -209,6 +210,14 @@ BUGS = (
         EVALUATION, "two_sided"),
     Bug("an evaluation that costs nothing", "authority/costs.py",
         "held_out * plan.evaluation_epsilon", "0 * held_out", "tests/unit/test_authority_units.py", "cost_both"),
+    Bug("rows of a unit beyond those that the noise is for", "training/rows.py", "used = ordinals < self._used",
+        "used = ordinals >= 0", ORDINALS, "no_more_rows"),
+    Bug("the first visits of each patient", "datasets/ordinals.py", "np.lexsort((words_N, units_N))",
+        "np.lexsort((np.arange(len(units_N)), units_N))", ORDINALS, "chance"),
+    Bug("what is appended is numbered from zero again", "datasets/ordinals.py",
+        "ordinals_M[last_N].astype(np.int64) + 1, 0)", "0, 0)", ORDINALS, "appended"),
+    Bug("a cap for data without ordinals", "authority/costs.py", "if not manifest.numbered:", "if False:", ORDINALS,
+        "before_there_were"),
 )  # fmt: skip
 
 

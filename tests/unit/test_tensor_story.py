@@ -47,7 +47,7 @@ name: digits
 purpose: research
 region: eu
 retention: P1Y
-unit: {column: writer, max_rows: 20}
+unit: row
 columns:
   - {name: writer, type: text, class: restricted, role: identifier, keep_original: true}
   - {name: image, type: tensor, class: confidential, shape: [12, 12], dtype: uint8, bounds: [0, 255]}

@@ -6,6 +6,7 @@ The ranks are threads, the authority is the real one over its HTTP application; 
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+import clinic
 from authority_world import CODE, DELTA, STEPS, World
 from cloister.authority.costs import settle
 from cloister.client.authority import AuthorityClient
@@ -182,6 +184,34 @@ def test_two_ranks_train_to_a_registered_model_and_their_checkpoints_go(world: W
     after = shown(world, run)
     assert (after["state"], after["steps_committed"], after["attempt"]) == ("finished", STEPS, 1)
     assert stored(world, run) == ["model-1.onnx.sealed"]
+
+
+@pytest.mark.parametrize(("cap", "rows"), [(None, 2), (1, 1)])
+def test_ranks_train_and_evaluate_with_as_many_rows_of_a_unit_as_the_plan_has(
+    world: World, monkeypatch: pytest.MonkeyPatch, cap: int | None, rows: int
+) -> None:
+    """Every patient of the clinic has two rows, of four that they may have."""
+    clinic.seal(world)
+    world.agreed("sofia", "olga", "PUT", "/v1/datasets/clinic/budget", {"epsilon": 9.0, "delta": 9e-3})
+    privacy = {"epsilon": 3.0, "delta": 1e-3} | ({} if cap is None else {"rows_per_unit": cap})
+    run = world.submit(
+        name="clinic", dataset="clinic@1", label="ill", features=["age"], privacy=privacy, **SHARED,
+        training={"epochs": 2, "expected_batch_size": 8, "learning_rate": 0.1},
+    )  # fmt: skip
+    loaded: dict[str, list[float]] = {"train": [], "holdout": []}
+    real = work_module.Rows.load
+
+    def load(self: Any, role: str) -> Any:
+        opened = real(self, role)
+        loaded[role] += opened.x[:, 0].tolist()
+        return opened
+
+    monkeypatch.setattr(work_module.Rows, "load", load)
+    registered, _ = Ranks(2).run(world, run)
+    assert registered["model"] == "clinic@1"
+    counted = {role: Counter(ages) for role, ages in loaded.items()}
+    assert set(counted["train"].values()) == set(counted["holdout"].values()) == {rows}
+    assert len(counted["train"] + counted["holdout"]) == clinic.PEOPLE
 
 
 def test_a_checkpoint_follows_each_block_and_only_the_newest_is_kept(world: World, run: str) -> None:

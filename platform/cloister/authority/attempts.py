@@ -25,8 +25,10 @@ from cloister.authority.ledger import reserve
 from cloister.authority.runs import close, columns_of, load, require_attempts, settle_beforehand, standing
 from cloister.canonical import b64, canonical_json
 from cloister.datasets.manifest import DatasetManifest
+from cloister.datasets.schema import ORDINAL, DatasetSchema, PartName
 from cloister.errors import BudgetError, CloisterError, ConflictError, InputError, PermissionDeniedError
 from cloister.models.release import checkpoint_seal_context, model_seal_context
+from cloister.privacy.plan import PrivacyPlan
 from cloister.privacy.spec import TrainingSpec
 from cloister.sealing import purposes
 from cloister.sealing.envelope import checkpoint_key
@@ -225,12 +227,18 @@ def _require_current(row: Any, attempt: int) -> None:
 
 
 def _shard_keys(act: Action, manifest: DatasetManifest, run: Any, rank: int) -> dict[str, bytes]:
-    """Only what this rank trains on: its shards, the classes of the columns that are used, never `restricted`."""
+    """Only what this rank trains on: its shards, the classes of the columns that are used, never `restricted`; and the
+    ordinals, if it is to use fewer rows of a unit than there may be.
+    """
     mine = set(manifest.shards("train")[rank :: run.world_size])
     if rank == 0:
         mine |= set(manifest.shards("holdout"))
     features, label = columns_of(TrainingSpec.parse(run.spec), manifest)
-    wanted = {column.sensitivity for column in (*features, label)} - {"restricted"}
+    wanted: set[PartName] = {column.sensitivity for column in (*features, label)}
+    wanted.discard("restricted")
+    schema = DatasetSchema.from_mapping(manifest.dataset_schema)
+    if PrivacyPlan.from_dict(run.plan).rows_per_unit < schema.rows_per_unit:
+        wanted.add(ORDINAL)
     refs = {file.ref for file in manifest.files if file.shard in mine and file.part in wanted}
     rows = keys_of(act.connection, manifest.name, refs)
     if len(rows) != len(refs):

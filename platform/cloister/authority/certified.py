@@ -33,7 +33,7 @@ def privacy_of(run: Any, seen: Mapping[str, Any]) -> dict[str, Any]:
         "epsilon": epsilon, "delta": delta, "steps": run.steps_committed,
         "redone_steps": run.steps_committed - run.plan["steps"], "attempts": run.attempt, "plan": run.plan,
         "epsilon_replacing": replacing(run.plan, run.steps_committed),
-        "accountants": accounts(run.plan, run.steps_committed), "assumptions": _assumptions(run.plan),
+        "accountants": accounts(run.plan, run.steps_committed), "assumptions": _assumptions(run.plan, run.spec),
         "audit": report.to_dict(),
     }  # fmt: skip
 
@@ -49,8 +49,10 @@ def _report(plan: Mapping[str, Any], epsilon: float, seen: Mapping[str, Any]) ->
     )
 
 
-def _assumptions(plan: Mapping[str, Any]) -> list[str]:
-    unit = f"one unit of at most {plan.get('rows_per_unit', 1):,} row(s)"
+def _assumptions(plan: Mapping[str, Any], spec: Mapping[str, Any]) -> list[str]:
+    most = f"at most {plan.get('rows_per_unit', 1):,}"
+    capped = spec["privacy"].get("rows_per_unit") is not None
+    unit = f"one unit, of which {most} of its rows are used," if capped else f"one unit of {most} row(s)"
     return [
         f"Epsilon bounds what can be told of whether {unit} is in the data; the number of rows is public.",
         "Where it is known to be there, and only its values are hidden, epsilon is larger: of a row that is replaced.",

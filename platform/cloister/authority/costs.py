@@ -34,7 +34,7 @@ def plan_for(spec: TrainingSpec, manifest: DatasetManifest) -> PrivacyPlan:
         UnavailableError: others are waiting for theirs.
     """
     rows = manifest.rows("train")
-    rows_per_unit = DatasetSchema.from_mapping(manifest.dataset_schema).rows_per_unit
+    rows_per_unit = used_of_unit(spec, manifest)
     if spec.training.epochs * rows / spec.training.expected_batch_size > MAX_STEPS:
         raise InputError(
             f"a run has at most {MAX_STEPS:,} steps", "lower training.epochs or raise training.expected_batch_size"
@@ -49,6 +49,34 @@ def plan_for(spec: TrainingSpec, manifest: DatasetManifest) -> PrivacyPlan:
             )  # fmt: skip
     finally:
         _PLANS.release()
+
+
+def used_of_unit(spec: TrainingSpec, manifest: DatasetManifest) -> int:
+    """How many rows of a unit of privacy a run uses at most: all that it may have, or as many as the spec says.
+
+    Raises:
+        InputError: a unit never has as many; or its rows have no ordinals, so that none can be chosen.
+    """
+    schema, wanted = DatasetSchema.from_mapping(manifest.dataset_schema), spec.privacy.rows_per_unit
+    most = schema.rows_per_unit
+    if wanted is None or wanted == most:
+        return most
+    if schema.unit == "row":
+        raise InputError(
+            f"privacy.rows_per_unit is {wanted}, and the unit of {spec.dataset} is a row",
+            "take it out of the spec; where a person has several rows, their column is the unit in the schema",
+        )
+    if wanted > most:
+        raise InputError(
+            f"privacy.rows_per_unit is {wanted}, and a unit of {spec.dataset} has at most {most} rows",
+            f"lower it to less than {most}, or take it out of the spec to use all of them",
+        )
+    if not manifest.numbered:
+        raise InputError(
+            f"{spec.dataset} was sealed without ordinals, by which privacy.rows_per_unit chooses rows",
+            "ask its owner to seal it again: cloister data seal; or take it out of the spec",
+        )
+    return wanted
 
 
 @lru_cache(maxsize=64)

@@ -36,7 +36,7 @@ from cloister.datasets.manifest import (
     SealedFile,
     parse_reference,
 )
-from cloister.datasets.schema import INDEX, DatasetSchema
+from cloister.datasets.schema import INDEX, ORDINAL, DatasetSchema
 from cloister.errors import CloisterError, ConflictError, InputError, IntegrityError, NotFoundError
 from cloister.sealing import purposes
 from cloister.sealing.envelope import KEY_BYTES
@@ -80,7 +80,8 @@ class Registration:
         self, caller: Caller, name: str, kind: Literal["seal", "append"], region: str, public_key: bytes
     ) -> dict[str, Any]:
         """What sealing the coming version of `name` takes: its number, its store, the keys of its subjects; and for
-        appending the newest live version, with the keys of its indexes, so that no unit gets more rows than it may.
+        appending the newest live version, with the keys of its indexes and ordinals, so that no unit gets more rows
+        than it may, nor two rows of one number.
 
         Raises:
             InputError: there is no store for that region, or it is not the one of the version to append to.
@@ -93,9 +94,9 @@ class Registration:
                 raise InputError("a dataset's name has small letters, digits and hyphens", "rename it in its schema")
             store = self._stores.for_region(region)
             parent = self._parent(act.connection, name, region) if kind == "append" else None
-            indexes = [file.ref for file in DatasetManifest.parse(parent.manifest).files if file.part == INDEX] \
-                if parent else []  # fmt: skip
-            answer = self._sealed(act, name, last, caller, indexes, public_key) | {
+            files = DatasetManifest.parse(parent.manifest).files if parent else ()
+            needed = [file.ref for file in files if file.part in (INDEX, ORDINAL)]
+            answer = self._sealed(act, name, last, caller, needed, public_key) | {
                 "blobs": store.url,
                 "parent": _public(parent) if parent else None,
             }
@@ -363,7 +364,7 @@ def _check_files(manifest: DatasetManifest) -> None:
     schema = DatasetSchema.from_mapping(manifest.dataset_schema)
     if schema.name != manifest.name:
         raise InputError("manifest and schema name different datasets", "seal the data again")
-    wanted = {part: schema.stored_columns(part) for part in schema.parts()}
+    wanted = {part: schema.stored_columns(part) for part in schema.parts(numbered=manifest.numbered)}
     shards: dict[str, list[SealedFile]] = {}
     for file in manifest.files:
         check_path(file.path, below=f"datasets/{manifest.name}/")

@@ -56,8 +56,7 @@ def show(context: Context, name: str) -> None:
     output.facts({
         "model": shown["model"], "stage": shown["stage"], "author": shown["author"], "run": shown["run"],
         "dataset": f"{made['dataset']['name']} ({made['dataset']['digest'][:23]}…)",
-        "privacy": f"epsilon {made['privacy']['epsilon']:.4f}, delta {made['privacy']['delta']:g} "
-                   f"for a unit of at most {made['privacy']['plan'].get('rows_per_unit', 1):,} row(s)",
+        "privacy": f"epsilon {made['privacy']['epsilon']:.4f}, delta {made['privacy']['delta']:g} for {_unit(made)}",
         **output.replaced(made["privacy"]),
         **_evaluation(metrics),
         **_proof(made["privacy"], made["spec"]["privacy"].get("engine", "bookkeeping")),
@@ -71,6 +70,13 @@ def show(context: Context, name: str) -> None:
         if not flag.startswith("ers-"):
             where = f"its erasure was forgotten when the backup {flag} was restored"
         output.say(f"It learned from data that is gone since; {where}")
+
+
+def _unit(made: dict[str, Any]) -> str:
+    most = f"at most {made['privacy']['plan'].get('rows_per_unit', 1):,}"
+    if made["spec"]["privacy"].get("rows_per_unit") is None:
+        return f"a unit of {most} row(s)"
+    return f"a unit, of whose rows {most} are used"
 
 
 def made_from(shown: dict[str, Any]) -> dict[str, Any]:

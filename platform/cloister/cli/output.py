@@ -78,10 +78,12 @@ def progress(title: str) -> Iterator[Callable[..., None]]:
         yield advance
 
 
-def unit(protected: Mapping[str, Any]) -> str:
-    """Whose presence in the data epsilon hides."""
+def unit(protected: Mapping[str, Any], used: int | None = None) -> str:
+    """Whose presence in the data epsilon hides; `used` is how many rows of a unit a run uses at most."""
     if protected["column"] is None:
         return "one row"
+    if used is not None and used < protected["max_rows"]:
+        return f"one {protected['column']}, of whose rows at most {used:,} of {protected['max_rows']:,} are used"
     rows = "one row" if protected["max_rows"] == 1 else f"at most {protected['max_rows']:,} rows"
     return f"one {protected['column']} with {rows}"
 

@@ -54,10 +54,10 @@ def plan(context: Context, spec: Path) -> None:
         "columns": shown["columns"],
         "epsilon": f"{p['epsilon']:g} (certified {p['epsilon_certified']:.4f}) at delta {p['delta']:g}",
         "if workers die": f"at most epsilon {p['epsilon_at_most']:.4f}, for up to {p['redo_steps']:,} steps again",
-        "protects": f"{output.unit(shown['unit'])}: whether it is in the data at all",
+        "protects": f"{output.unit(shown['unit'], p['rows_per_unit'])}: whether it is in the data at all",
         **output.replaced(p),
         "evaluation": f"epsilon {p['evaluation_epsilon']:g} for rows that are held out, not trained on; noise moves "
-                      f"the accuracy by up to about {100 * shown['evaluation_noise']:.1f} points",
+                      f"the accuracy by up to about {_noise(shown)}",
         "noise multiplier": p["noise_multiplier"],
         "steps": f"{p['steps']} at sample rate {p['sample_rate']:.5f}, clipping norm {p['max_grad_norm']:g}",
         "budget": f"epsilon {shown['budget_before']:.3f} before, {shown['budget_after']:.3f} after",
@@ -70,6 +70,15 @@ def plan(context: Context, spec: Path) -> None:
             "costs no more, since nobody's rows are both trained on and held out."
         )
     output.say("No data was touched." + (f" Next: cloister train submit {spec}" if shown["affordable"] else ""))
+
+
+def _noise(shown: dict[str, Any]) -> str:
+    """How far noise moves the accuracy. How many rows a cap leaves out nobody has published: at most this share."""
+    noise, unit, used = shown["evaluation_noise"], shown["unit"], shown["plan"]["rows_per_unit"]
+    if used >= unit["max_rows"]:
+        return f"{100 * noise:.1f} points"
+    most = min(1.0, noise * unit["max_rows"] / used)
+    return f"{100 * noise:.1f} points, or {100 * most:.1f} if each {unit['column']} has {unit['max_rows']:,} rows"
 
 
 @train.command()

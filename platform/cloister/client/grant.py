@@ -11,11 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import pyarrow as pa
+
 from cloister.canonical import b64, sha256_hex, unb64
 from cloister.client.authority import AuthorityClient
 from cloister.client.verify import signed_manifest
 from cloister.datasets.manifest import DatasetManifest, SealedFile
-from cloister.datasets.schema import INDEX, DatasetSchema
+from cloister.datasets.ordinals import Ordinals, read_ordinals
+from cloister.datasets.schema import INDEX, ORDINAL, DatasetSchema, PartName
 from cloister.datasets.subjects import SubjectKeys, Tags, read_index
 from cloister.errors import IntegrityError
 from cloister.sealing import purposes
@@ -72,11 +75,24 @@ def open_tags(blobs: Blobs, manifest: DatasetManifest, file: SealedFile, key: by
     Raises:
         IntegrityError: the file is not the one that the manifest lists, or does not open.
     """
+    return read_index(_opened(blobs, manifest, file, INDEX, key))
+
+
+def open_ordinals(blobs: Blobs, manifest: DatasetManifest, file: SealedFile, key: bytes) -> Ordinals:
+    """The ordinals [N] of the rows of one shard within their units, from its file of part `ordinal`.
+
+    Raises:
+        IntegrityError: as `open_tags`.
+    """
+    return read_ordinals(_opened(blobs, manifest, file, ORDINAL, key))
+
+
+def _opened(blobs: Blobs, manifest: DatasetManifest, file: SealedFile, part: PartName, key: bytes) -> pa.Table:
     sealed = blobs.get(file.path)
-    if sha256_hex(sealed) != file.sha256 or file.part != INDEX:
+    if sha256_hex(sealed) != file.sha256 or file.part != part:
         raise IntegrityError(
             f"{file.key_name} of {manifest.name}@{manifest.version} changed since it was sealed",
             f"check the dataset: cloister data verify {manifest.name}@{manifest.version}",
         )
     region = DatasetSchema.from_mapping(manifest.dataset_schema).region
-    return read_index(open_table(sealed, key, shard_aad(manifest.name, file.sealed_in, INDEX, file.shard, region)))
+    return open_table(sealed, key, shard_aad(manifest.name, file.sealed_in, part, file.shard, region))

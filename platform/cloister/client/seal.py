@@ -1,4 +1,5 @@
-"""Sealing a table on its owner's machine, block by block, so that memory does not grow with the file.
+"""Sealing a table on its owner's machine, block by block, so that memory does not grow with the file (but by two bytes
+for each row where a unit has several).
 
 Guarantees: rows leave this process only encrypted, and no file on this machine gets any; each file has its own fresh
 key, which travels HPKE-sealed to the authority and nowhere else; the version exists when the authority has recorded
@@ -11,7 +12,8 @@ process that is killed, `cloister fsck` finds it.
     4. split      a block's rows, in an order drawn from the CSPRNG, into shards, columns by sensitivity class
     5. encrypt    one Parquet file, one key, one name (AAD) each
     6. upload     write-once
-    7. register   manifest signed with the owner's key, keys sealed to the authority
+    7. number     where a unit has several rows: each row gets its place in a secret order of its unit (`ordinals`)
+    8. register   manifest signed with the owner's key, keys sealed to the authority
 
 Rows are mixed within a block, not across blocks: which block of the file a row came from can be told from its shard's
 number. Training draws its batches at random over all of them.
@@ -23,6 +25,7 @@ import contextlib
 import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -34,12 +37,13 @@ import pyarrow as pa
 from cloister.canonical import b64, canonical_json, unb64
 from cloister.client.authority import AuthorityClient
 from cloister.client.code import package_digest
-from cloister.client.grant import Grant, ask_to_seal, open_tags
+from cloister.client.grant import Grant, ask_to_seal, open_ordinals, open_tags
 from cloister.client.upload import Upload, ahead
 from cloister.client.verify import signed_manifest
 from cloister.datasets.manifest import MANIFEST_PREDICATE, DatasetManifest, Lineage, SealedFile, parse_reference
-from cloister.datasets.partition import Numbering, partition
-from cloister.datasets.schema import INDEX, DatasetSchema
+from cloister.datasets.ordinals import Ordinals, number_units, ordinal_table
+from cloister.datasets.partition import Numbering, Part, partition
+from cloister.datasets.schema import INDEX, ORDINAL, DatasetSchema
 from cloister.datasets.subjects import Tags, check_units, held_out, protect
 from cloister.errors import CloisterError, InputError, NotFoundError
 from cloister.sealing import purposes
@@ -180,6 +184,10 @@ def _seal(
         if holdout > 0.0 and not manifest.rows("holdout"):
             raise InputError("no unit is left for the holdout", "use a larger --holdout")
         _check_units(schema, grant, manifest, upload)
+        for part in _ordinals(schema, grant, manifest, upload):  # 7
+            upload.add(part)
+        upload.finish()
+        manifest = manifest.model_copy(update={"files": (*(parent.files if parent else ()), *upload.files)})
     except BaseException:
         upload.discard()
         raise
@@ -191,7 +199,7 @@ def _register(
     client: AuthorityClient, private_key_pem: bytes, manifest: DatasetManifest, upload: Upload, receiving_key: bytes
 ) -> dict[str, Any]:
     try:
-        register(client, private_key_pem, manifest, upload.keys, receiving_key)  # 7
+        register(client, private_key_pem, manifest, upload.keys, receiving_key)  # 8
     except CloisterError as error:
         if not was_lost(error):
             upload.discard()
@@ -226,8 +234,7 @@ def _check_holdout(schema: DatasetSchema, grant: Grant, holdout: float) -> None:
 
 def _check_units(schema: DatasetSchema, grant: Grant, manifest: DatasetManifest, upload: Upload) -> None:
     """Count the rows of each unit over all of the version, from its indexes, which are sealed by now."""
-    new = {f"{manifest.version}/{name}": unb64(key) for name, key in upload.keys.items()}
-    keys = {**grant.files, **new}
+    keys = _file_keys(grant, manifest, upload)
 
     def indexes() -> Iterator[Tags]:
         for file in manifest.files:
@@ -235,6 +242,37 @@ def _check_units(schema: DatasetSchema, grant: Grant, manifest: DatasetManifest,
                 yield open_tags(grant.blobs, manifest, file, keys[file.ref])
 
     check_units(schema, manifest.all_rows, indexes)
+
+
+def _ordinals(schema: DatasetSchema, grant: Grant, manifest: DatasetManifest, upload: Upload) -> Iterator[Part]:
+    """A file of ordinals for each new shard. None beside a parent that has none: a version has all of them, or none."""
+    parent = grant.parent
+    if schema.rows_per_unit == 1 or (parent and not parent.numbered):
+        return
+    keys = _file_keys(grant, manifest, upload)
+    numbers = {file.shard: file for file in manifest.files if file.part == ORDINAL}
+
+    def tags(file: SealedFile) -> Tags:
+        return open_tags(grant.blobs, manifest, file, keys[file.ref])
+
+    def known(file: SealedFile) -> tuple[Tags, Ordinals]:
+        there = numbers[file.shard]
+        return tags(file), open_ordinals(grant.blobs, manifest, there, keys[there.ref])
+
+    indexes = [file for file in manifest.files if file.part == INDEX]
+    new = [file for file in indexes if file.shard not in numbers]
+    found = number_units(
+        [(file.rows, partial(tags, file)) for file in new],
+        [(file.rows, partial(known, file)) for file in indexes if file.shard in numbers],
+        _secret_words,
+    )
+    for file, ordinals in zip(new, found, strict=True):
+        yield Part(shard=file.shard, role=file.role, part=ORDINAL, table=ordinal_table(ordinals))
+
+
+def _file_keys(grant: Grant, manifest: DatasetManifest, upload: Upload) -> dict[str, bytes]:
+    """The data keys of files, by `SealedFile.ref`: those that were granted, and those of what is uploaded by now."""
+    return {**grant.files, **{f"{manifest.version}/{name}": unb64(key) for name, key in upload.keys.items()}}
 
 
 @contextlib.contextmanager
@@ -291,10 +329,14 @@ def _secret_permutation(rows: int) -> npt.NDArray[np.int64]:
     The order of distinct random numbers; where two are equal, which takes about 2**32 rows, all are drawn again.
     """
     while True:
-        drawn = np.frombuffer(secrets.token_bytes(8 * rows), dtype=np.uint64)
+        drawn = _secret_words(rows)
         order = np.argsort(drawn)
         if (np.diff(drawn[order]) != 0).all():
             return order.astype(np.int64, copy=False)
+
+
+def _secret_words(number: int) -> npt.NDArray[np.uint64]:
+    return np.frombuffer(secrets.token_bytes(8 * number), dtype=np.uint64)
 
 
 def _is_registered(client: AuthorityClient, manifest: DatasetManifest) -> bool:

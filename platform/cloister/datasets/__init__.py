@@ -5,6 +5,7 @@ ingest      a file's rows, block by block, to the compact tables that are sealed
 inspect     a file's first rows to a proposed schema
 recognise   what personal data looks like
 subjects    people's identifiers to pseudonyms, and tags by which their rows are found
+ordinals    which rows of a unit come first, for runs that use few of each
 partition   rows to shards, columns to class files
 manifest    what the authority records about a sealed version
 lineage     how a version may follow from those before it

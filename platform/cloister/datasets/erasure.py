@@ -74,7 +74,8 @@ class Bound(_Facts):
 
 
 class TrainedModel(_Facts):
-    """A model that learned from what is gone. `unit` is what holds for one unit of privacy, as it was trained."""
+    """A model that learned from what is gone. `unit` is what holds for one unit of privacy, as it was trained: all of
+    its rows, of which `unit.rows` were used at most."""
 
     model: _Version
     run: _Id

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cloister.canonical import digest
+from cloister.datasets.schema import ORDINAL, PartName
 from cloister.errors import InputError
 from cloister.validation import first_problem
 
@@ -29,8 +30,8 @@ class SealedFile(BaseModel):
     sealed_in: int = Field(ge=1)
     """The version that it was sealed in, and whose name its bytes are bound to: later versions may list it too."""
     role: Literal["train", "holdout"]
-    part: Literal["public", "internal", "confidential", "restricted", "index"]
-    """The sensitivity class of its columns, or the subject index."""
+    part: PartName
+    """The sensitivity class of its columns, the subject index, or the ordinals."""
     columns: tuple[str, ...] = Field(min_length=1, max_length=10_000)
     rows: int = Field(ge=0)
     path: str = Field(max_length=300)
@@ -82,6 +83,11 @@ class DatasetManifest(BaseModel):
     def rows(self, role: Literal["train", "holdout"]) -> int:
         """Number of rows in the shards of one role. Public: the owner publishes it in the manifest."""
         return sum({file.shard: file.rows for file in self.files if file.role == role}.values())
+
+    @property
+    def numbered(self) -> bool:
+        """Whether rows are numbered within their units, so that a run may use fewer of each."""
+        return any(file.part == ORDINAL for file in self.files)
 
     @property
     def all_rows(self) -> int:

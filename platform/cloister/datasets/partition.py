@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from cloister.datasets.schema import INDEX, DatasetSchema, SensitivityClass
+from cloister.datasets.schema import INDEX, ORDINAL_COLUMN, DatasetSchema, PartName
 from cloister.datasets.subjects import Tags, held_out, index_table
 from cloister.errors import InputError
 
@@ -26,7 +26,7 @@ class Part:
 
     shard: str
     role: Literal["train", "holdout"]
-    part: SensitivityClass | Literal["index"]
+    part: PartName
     table: pa.Table
 
 
@@ -78,8 +78,10 @@ def partition(
 def shard_parts(
     rows: pa.Table, tags: Tags | None, schema: DatasetSchema, shard: str, role: Literal["train", "holdout"]
 ) -> Iterator[Part]:
-    """The files of one shard: of each class with columns, and the index where the schema has a subject."""
-    for part in schema.parts():
+    """The files of one shard: of each class with columns, the index where the schema has a subject, and the ordinals if
+    `rows` have them.
+    """
+    for part in schema.parts(numbered=ORDINAL_COLUMN in rows.column_names):
         if part == INDEX:
             assert tags is not None  # noqa: S101 - a schema with a subject has tags
             yield Part(shard=shard, role=role, part=part, table=index_table(tags))

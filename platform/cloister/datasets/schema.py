@@ -35,6 +35,11 @@ INDEX: Literal["index"] = "index"
 """The part of a shard that holds its subject index, beside those of the classes."""
 SUBJECT_COLUMN = "subject"
 """The one column of an index."""
+ORDINAL: Literal["ordinal"] = "ordinal"
+"""The part of a shard that numbers each row within its unit (`ordinals.py`), where a unit has several."""
+ORDINAL_COLUMN = "#ordinal"
+"""Its one column. No column of a schema has this name: `_Name` allows no such character."""
+PartName = SensitivityClass | Literal["index", "ordinal"]
 
 # ISO 8601 durations in whole days or longer, such as P5Y, P18M, P2W or P1Y6M.
 _DURATION = re.compile(r"P(?=[0-9])(?:([0-9]{1,3})Y)?(?:([0-9]{1,3})M)?(?:([0-9]{1,4})W)?(?:([0-9]{1,5})D)?")
@@ -224,10 +229,12 @@ class DatasetSchema(BaseModel):
                 return column
         raise InputError(f"the schema has no column '{name}'", "columns: " + ", ".join(c.name for c in self.columns))
 
-    def stored_columns(self, part: SensitivityClass | Literal["index"]) -> tuple[str, ...]:
+    def stored_columns(self, part: PartName) -> tuple[str, ...]:
         """The columns of that part's sealed files: of a class, the schema's, and in `restricted` the originals kept."""
         if part == INDEX:
             return (SUBJECT_COLUMN,)
+        if part == ORDINAL:
+            return (ORDINAL_COLUMN,)
         own = [column.name for column in self.columns if column.sensitivity == part]
         if part == "restricted":
             own += [column.name + ORIGINAL_SUFFIX for column in self.columns if column.keep_original]
@@ -245,10 +252,13 @@ class DatasetSchema(BaseModel):
         """How many rows one unit of privacy has at most."""
         return self.unit.max_rows if isinstance(self.unit, Unit) else 1
 
-    def parts(self) -> tuple[SensitivityClass | Literal["index"], ...]:
-        """The files that each shard has: one for each class with columns, and the index where there is a subject."""
-        classes = tuple(cls for cls in CLASSES if self.stored_columns(cls))
-        return (*classes, INDEX) if self.subject else classes
+    def parts(self, *, numbered: bool = False) -> tuple[PartName, ...]:
+        """The files that each shard has: one for each class with columns, the index where there is a subject, and the
+        ordinals where rows are `numbered` and a unit has several.
+        """
+        classes: tuple[PartName, ...] = tuple(cls for cls in CLASSES if self.stored_columns(cls))
+        index = (INDEX,) if self.subject else ()
+        return (*classes, *index, ORDINAL) if numbered and self.rows_per_unit > 1 else (*classes, *index)
 
     def expiry(self, sealed: datetime) -> datetime:
         """When what was sealed at `sealed` is to be gone. Years and months by the calendar, at most to year 9999."""

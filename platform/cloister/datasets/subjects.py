@@ -129,7 +129,7 @@ def check_units(schema: DatasetSchema, rows: int, indexes: Callable[[], Iterable
     slices = max(1, -(-rows // SLICE_ROWS))
     worst = 0
     for part in range(slices):
-        numbers = (_numbers(tags) for tags in indexes())
+        numbers = (unit_numbers(tags) for tags in indexes())
         found = np.concatenate([np.empty(0, np.uint64), *(each[each % slices == part] for each in numbers)])
         found.sort()
         # Where a run of equal numbers begins, and where the last one ends.
@@ -144,10 +144,10 @@ def check_units(schema: DatasetSchema, rows: int, indexes: Callable[[], Iterable
 
 def held_out(tags: Tags, share: float) -> npt.NDArray[np.bool_]:
     """Which rows [N] are kept for evaluation where a unit has several: all of a unit's or none, in every version."""
-    return np.asarray(_numbers(tags).astype(np.float64) < share * 2.0**64)
+    return np.asarray(unit_numbers(tags).astype(np.float64) < share * 2.0**64)
 
 
-def _numbers(tags: Tags) -> npt.NDArray[np.uint64]:
+def unit_numbers(tags: Tags) -> npt.NDArray[np.uint64]:
     """The first 64 bits of each tag: two of 40 million meet with probability below 2**-14, and then count as one."""
     return np.ascontiguousarray(tags).view(np.dtype("<u8")).reshape(-1, 2)[:, 0]
 

@@ -37,7 +37,7 @@ class PrivacyPlan:
     steps: int
     rows: int
     rows_per_unit: int = 1
-    """How many rows the unit of privacy may own: epsilon and delta are promised to it, not to each row."""
+    """How many rows of a unit of privacy are used at most: epsilon and delta are promised to it, not to each row."""
     redo_steps: int = 0
     """How many steps may be run again, over all attempts."""
     epsilon_at_most: float = 0.0
@@ -124,7 +124,7 @@ def make_plan(
     redo_steps: int = 0,
     evaluation_epsilon: float = DEFAULT_EPSILON,
 ) -> PrivacyPlan:
-    """The plan for these spec fields over `rows` training rows, of which one unit owns up to `rows_per_unit`.
+    """The plan for these spec fields over `rows` training rows, up to `rows_per_unit` of them of one unit.
 
     The noise is that for the planned steps; `redo_steps` more, should they be needed, cost more epsilon. The evaluation
     costs no more than `epsilon`.

@@ -63,6 +63,9 @@ class PrivacySpec(_Part):
     engine: Literal["bookkeeping", "opacus"] = "bookkeeping"
     evaluation_epsilon: Annotated[float, Field(ge=0.001, le=MAX_EPSILON)] | None = None
     """Of the evaluation on rows that are held out; `evaluation.DEFAULT_EPSILON`, or a smaller epsilon, by default."""
+    rows_per_unit: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    """How many rows of each unit are used at most, in training and in evaluation; as many as the schema allows, by
+    default. The noise falls about in proportion."""
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:

@@ -2,6 +2,7 @@
 
 Guarantees: `Declared` needs no lease; a shard is used only if its bytes are those of the signed manifest and it opens
 under its own key and name; only the columns that are trained on are decrypted; rows are in clear only in this process.
+Of each unit no more rows leave `load`, over all shards and ranks, than the plan's noise is for.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from cloister.client.authority import TrainingLease
 from cloister.client.verify import signed_manifest
 from cloister.datasets.encoding import FeatureEncoder, stored_array
 from cloister.datasets.manifest import SealedFile
-from cloister.datasets.schema import DatasetSchema
+from cloister.datasets.ordinals import read_ordinals
+from cloister.datasets.schema import ORDINAL, ORDINAL_COLUMN, DatasetSchema
 from cloister.errors import IntegrityError
+from cloister.privacy.plan import PrivacyPlan
 from cloister.privacy.spec import TrainingSpec
 from cloister.sealing.shard import open_table, shard_aad
 from cloister.stores.blobs import open_blobs
@@ -57,12 +60,15 @@ class Rows(Declared):
     def __init__(self, lease: TrainingLease) -> None:
         super().__init__(lease.manifest, lease.owner_key, lease.spec)
         self._wanted = {column.name for column in self.features} | {self.spec.label}
+        # The plan's, and not the spec's: what noise there is follows from it.
+        self._used = PrivacyPlan.from_dict(lease.plan).rows_per_unit
+        self._capped = self._used < self._schema.rows_per_unit
         self._region = self._schema.region
         self._keys = lease.keys
         self._blobs = open_blobs(lease.blobs)
 
     def load(self, role: str) -> Opened:
-        """This lease's shards of one role, in the order of their names.
+        """This lease's shards of one role, in the order of their names; of each unit the rows that the plan uses.
 
         Raises:
             IntegrityError: a file is not the one that was sealed.
@@ -73,14 +79,24 @@ class Rows(Declared):
         with ThreadPoolExecutor(2) as threads:
             for file, columns in zip(files, threads.map(self._open, files), strict=True):
                 shards.setdefault(file.shard, {}).update(columns)
+        if self._capped:
+            shards = {shard: self._used_rows(columns) for shard, columns in shards.items()}
         names = sorted(self._wanted)
         columns = {name: np.concatenate([shards[shard][name] for shard in sorted(shards)]) for name in names}
         inputs = torch.from_numpy(self.encoder.encode(columns))
         labels = torch.from_numpy(columns[self.spec.label].astype(np.int64))
         return Opened(inputs, labels, [(shard, len(shards[shard][self.spec.label])) for shard in sorted(shards)])
 
+    def _used_rows(self, columns: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        ordinals = columns.pop(ORDINAL_COLUMN, None)
+        if ordinals is None:
+            raise IntegrityError("a shard has no ordinals to choose the rows of a unit by", "submit the run again")
+        used = ordinals < self._used
+        return {name: values[used] for name, values in columns.items()}
+
     def _open(self, file: SealedFile) -> dict[str, npt.NDArray[Any]]:
-        columns = [name for name in file.columns if name in self._wanted]
+        wanted = {ORDINAL_COLUMN} if file.part == ORDINAL else self._wanted
+        columns = [name for name in file.columns if name in wanted]
         if not columns:
             return {}
         sealed = self._blobs.get(file.path)
@@ -91,4 +107,6 @@ class Rows(Declared):
             )
         aad = shard_aad(self.manifest.name, file.sealed_in, file.part, file.shard, self._region)
         table = open_table(sealed, self._keys[file.ref], aad, columns)
+        if file.part == ORDINAL:
+            return {ORDINAL_COLUMN: read_ordinals(table)}
         return {name: stored_array(table.column(name), self._schema.column(name)) for name in columns}
