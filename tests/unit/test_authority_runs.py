@@ -375,9 +375,9 @@ def test_accounting_is_done_one_at_a_time_whatever_is_asked(
 ) -> None:
     plan, alone = world.get("ed", f"/v1/runs/{world.submit()}")["plan"], []
 
-    def watched(*_: object) -> dict[str, float]:
+    def watched(*_: object) -> object:
         alone.append(costs._ACCOUNTING.locked())
-        return {}
+        return 3.0 if asked == "replacing" else {}
 
     monkeypatch.setattr(costs.accounting, accountant, watched)
     getattr(costs, asked)(plan, STEPS - 1)
