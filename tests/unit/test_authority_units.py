@@ -56,7 +56,7 @@ def test_rows_that_were_trained_on_and_held_out_cost_both() -> None:
     evaluation = plan.evaluation_epsilon
     assert five == pytest.approx(20.9, abs=0.2)
     for (trained, held_out), expected in {
-        (1, 0): one, (0, 1): one, (0, 4): 4 * evaluation, (1, 1): one + evaluation, (5, 0): five,
+        (1, 0): one, (0, 1): evaluation, (0, 4): 4 * evaluation, (1, 1): one + evaluation, (5, 0): five,
         (5, 3): five + 3 * evaluation,
     }.items():  # fmt: skip
         assert for_rows(run, trained, held_out) == (pytest.approx(expected, rel=0.01), 1e-5)

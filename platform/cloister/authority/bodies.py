@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validat
 from cloister.authority.nodes import MAX_ASSURANCE
 from cloister.datasets.erasure import Reason
 from cloister.policy.decide import MAX_SITE_CHARACTERS
-from cloister.privacy.evaluation import MOST_BINS
+from cloister.privacy.evaluation import MOST_BINS, MOST_LABELS
 from cloister.privacy.spec import TrainingSpec
 
 MAX_FIELDS = 32
@@ -37,7 +37,7 @@ FileRef = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}/[a-z0-9-]{1,40}/[a-z]{
 OneTimeKey = Annotated[str, Field(max_length=64)]  # base64 of an X25519 key
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 CodeDigest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
-NoisyCount = Annotated[int, Field(ge=-(2**53), le=2**53)]
+NoisyCount = Annotated[int, Field(ge=-(2**40), le=2**40)]
 RightOrWrong = Annotated[list[Annotated[list[NoisyCount], Field(min_length=1, max_length=MOST_BINS)]],
                          Field(min_length=2, max_length=2)]  # fmt: skip
 Word = Annotated[str, Query(max_length=300)]
@@ -263,7 +263,7 @@ class TrainedModel(Body):
     model_sha256: Sha256
     blob: Annotated[str, Field(max_length=300)]
     blob_sha256: Sha256
-    evaluation: Annotated[list[RightOrWrong], Field(min_length=1, max_length=100_000)]
+    evaluation: Annotated[list[RightOrWrong], Field(min_length=1, max_length=MOST_LABELS)]
     """A noisy histogram [labels, 2, bins]: `cloister.privacy.evaluation`."""
     audit: Audit
 

@@ -16,6 +16,7 @@ from cloister.datasets.manifest import DatasetManifest
 from cloister.datasets.schema import DatasetSchema
 from cloister.errors import InputError, UnavailableError
 from cloister.privacy import accounting
+from cloister.privacy.evaluation import MOST_LABELS
 from cloister.privacy.plan import BLOCK_STEPS, PrivacyPlan, make_plan, planned_steps
 from cloister.privacy.spec import TrainingSpec
 
@@ -35,6 +36,11 @@ def plan_for(spec: TrainingSpec, manifest: DatasetManifest) -> PrivacyPlan:
     """
     rows = manifest.rows("train")
     rows_per_unit = used_of_unit(spec, manifest)
+    labels = DatasetSchema.from_mapping(manifest.dataset_schema).column(spec.label).values or ()
+    if len(labels) > MOST_LABELS:
+        raise InputError(
+            f"{spec.label} has {len(labels):,} values, and a label at most {MOST_LABELS:,}", "choose another label"
+        )
     if spec.training.epochs * rows / spec.training.expected_batch_size > MAX_STEPS:
         raise InputError(
             f"a run has at most {MAX_STEPS:,} steps", "lower training.epochs or raise training.expected_batch_size"
@@ -118,7 +124,7 @@ def for_rows(run: Any, trained: int, held_out: int) -> tuple[float, float]:
     """
     plan, steps = PrivacyPlan.from_dict(run.plan), int(run.steps_committed)
     one, delta = float(run.epsilon_charged), float(run.delta_charged)
-    if trained + held_out == 1 or steps == 0:
+    if steps == 0:
         return one, delta
     together = one if trained == 1 else 0.0
     if trained > 1:

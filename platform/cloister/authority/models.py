@@ -184,7 +184,7 @@ class Models:
         with self._core.reading(caller, "model:read") as act:
             act.allow(resources.ANY_MODEL)
             rows = act.connection.execute(select(models).order_by(models.c.name, models.c.version)).all()
-            return [_public(row) for row in rows if act.permits(resources.model(row))]
+            return [_in_a_list(row) for row in rows if act.permits(resources.model(row))]
 
     def show(self, caller: Caller, name: str, version: int) -> dict[str, Any]:
         """Everything that is public about a model: manifest, bundle, provenance, approvals."""
@@ -304,6 +304,13 @@ def _directory(act: Action, row: Any, good: list[Any]) -> dict[str, Any]:
 
 def _person(row: Any) -> dict[str, Any]:
     return {"person": row.name, "roles": row.roles, "public_key": row.public_key}
+
+
+def _in_a_list(row: Any) -> dict[str, Any]:
+    """Without what is long."""
+    shown = _public(row)
+    kept = {name: each for name, each in row.metrics.items() if name not in ("histogram", "by_label", "calibration")}
+    return shown | {"metrics": kept}
 
 
 def _public(row: Any) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def _evaluation(metrics: dict[str, Any]) -> dict[str, str]:
 
 def _share(told: dict[str, Any]) -> str:
     if told["value"] is None:
-        return "hidden by the noise"
+        return "too few rows to tell"
     return f"{told['value']:.4f} ({told['low']:.3f} to {told['high']:.3f})"
 
 
@@ -115,7 +115,7 @@ def _tables(metrics: dict[str, Any]) -> None:
     output.table(("label", "accuracy (95 %)"), [(each["label"], _share(each)) for each in by_label[:MOST_LABELS]],
                  empty="")  # fmt: skip
     if len(by_label) > MOST_LABELS:
-        output.say(f"The {MOST_LABELS} worst of {len(by_label):,} labels; --json has all.")
+        output.say(f"The {MOST_LABELS} lowest of {len(by_label):,} labels; --json has all.")
     rows = [
         (f"{each['from']:.3f} to {each['to']:.3f}", f"{each['rows']:,}", _share(each), each["verdict"])
         for each in metrics["calibration"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 import sys
 import time
@@ -64,10 +65,11 @@ def plan(context: Context, spec: Path) -> None:
         "verdict": _verdict(shown),
         "approvals": approvals,
     })  # fmt: skip
-    if shown["evaluation_noise"] > TOO_NOISY and p["evaluation_epsilon"] < p["epsilon"]:
+    free = min(p["epsilon_certified"], (p["epsilon_replacing"] or math.inf) / 2)  # the larger of both is charged
+    if shown["evaluation_noise"] > TOO_NOISY and p["evaluation_epsilon"] < 0.9 * free:
         output.say(
-            "The evaluation will tell little. Raise privacy.evaluation_epsilon, to as much as epsilon: the run then "
-            "costs no more, since nobody's rows are both trained on and held out."
+            "The evaluation will tell little. Up to privacy.evaluation_epsilon: "
+            f"{math.floor(10 * free) / 10:g} the run costs no more; whoever is held out pays it."
         )
     output.say("No data was touched." + (f" Next: cloister train submit {spec}" if shown["affordable"] else ""))
 

@@ -9,8 +9,10 @@ the larger of both.
 Guarantees: `figures` reads the noisy counts and what is public, so accuracy, by label too, balanced accuracy, AUROC and
 calibration cost nothing more. Each has an interval of 95 %, for the noise and for which rows happened to be held out:
 of shares that of Wilson's score (JASA 22, 1927) with the variance of the noise in it, solved as Fieller's theorem
-is; of means of shares by recovery of variances (Zou and Donner, Statistics in Medicine 27, 2008); of AUROC DeLong's
-variance (Biometrics 44, 1988). Where the noise hides how many rows there are, a value is None.
+is; of means of shares by recovery of variances (Zou and Donner, Statistics in Medicine 27, 2008); of AUROC Wilson's
+with the bound A(1 - A)/rows of the rarer label on its variance (Birnbaum and Klose, Annals of Mathematical Statistics
+28, 1957), which does not vanish where the rows happen to be told apart. Where the noise hides how many rows there are,
+a value is None.
 
 Not promised: intervals for rows that depend on each other, such as several of one person; they are too narrow then. Nor
 AUROC of more than two labels. Of scores in one cell half count as in order, and its interval is as much wider as they
@@ -33,6 +35,8 @@ from cloister.privacy import geometric
 
 DEFAULT_EPSILON = 0.2
 MOST_BINS = 10
+MOST_CELLS = 10_000
+MOST_LABELS = MOST_CELLS // 2
 # Bins are as many as keep the noise of the accuracy below this, in standard deviations.
 _NOISE_OF_ACCURACY = 0.0075
 # The doubt, 1 - confidence, falls from each bin to the next by the same factor, and by this much over all: small
@@ -40,19 +44,26 @@ _NOISE_OF_ACCURACY = 0.0075
 _DOUBT = 256.0
 # 95 % of a Laplace distribution; of sums of several draws, which are nearer to a Gaussian, somewhat more.
 _Z = math.log(20) / math.sqrt(2)
+_VAGUE = 0.5  # intervals, and bins, of this width and more say nothing about calibration
 
 Counts = npt.NDArray[np.int64]
 
 
 class Share(NamedTuple):
-    """An estimate and the ends of its interval; the value is None where nothing is known."""
+    """An estimate and the ends of its interval; the value is None where nothing is known.
+
+    Noise takes them below 0 and above 1. What is shown is not; but a mean of what was cut off there would be too low.
+    """
 
     value: float | None
     low: float
     high: float
 
     def to_dict(self) -> dict[str, float | None]:
-        return {name: None if each is None else round(each, 4) for name, each in self._asdict().items()}
+        """Between 0 and 1."""
+        return {
+            name: None if each is None else round(min(1.0, max(0.0, each)), 4) for name, each in self._asdict().items()
+        }
 
 
 _UNKNOWN = Share(None, 0.0, 1.0)
@@ -68,13 +79,18 @@ class Evaluation:
     rows_per_unit: int = 1
 
     def __post_init__(self) -> None:
-        if self.labels < 1 or self.rows < 0 or self.rows_per_unit < 1 or not 0.0 < self.epsilon < math.inf:
+        if (
+            not 1 <= self.labels <= MOST_LABELS
+            or self.rows < 0
+            or self.rows_per_unit < 1
+            or not 0.0 < self.epsilon < math.inf
+        ):
             raise ValueError("the labels, rows, epsilon or rows of a unit are out of range")
 
     @property
     def bins(self) -> int:
         affordable = (_NOISE_OF_ACCURACY * self.rows / self._std) ** 2 / (2 * self.labels)
-        return max(1, min(MOST_BINS, int(affordable)))
+        return max(1, min(MOST_BINS, MOST_CELLS // (2 * self.labels), int(affordable)))
 
     @property
     def edges(self) -> list[float]:
@@ -142,11 +158,11 @@ class Evaluation:
             return _UNKNOWN
         half = r * t + _Z**2 * (t / 2 - noise * right.size)
         inside = half * half - square * (r * r - _Z**2 * noise * right.size)
-        value = min(1.0, max(0.0, r / t))
+        value = r / t
         if inside < 0.0:
-            return Share(value, 0.0, 1.0)
-        ends = [(half - math.sqrt(inside)) / square, (half + math.sqrt(inside)) / square]
-        return Share(value, max(0.0, min(ends[0], value)), min(1.0, max(ends[1], value)))
+            return Share(value, min(0.0, value), max(1.0, value))
+        reach = math.sqrt(inside) / square
+        return Share(value, min(half / square - reach, value), max(half / square + reach, value))
 
     def _auroc(self, right_KB: Counts, wrong_KB: Counts) -> Share:
         """How often a row of the second label scores higher than one of the first, both drawn at random."""
@@ -160,14 +176,18 @@ class Evaluation:
             return _UNKNOWN
         below_S, above_S = (np.cumsum(each_S) - each_S / 2 for each_S in (first_S / first, second_S / second))
         value = float(below_S @ second_S / second)
-        variance = sum(
-            float(((np.maximum(each_S, 0.0) + self._std**2) * (effect_S / total) ** 2).sum())
-            for each_S, effect_S, total in (
-                (second_S, below_S - value, second), (first_S, 1 - above_S - value, first)
-            )
-        )  # fmt: skip
-        reach = _Z * math.sqrt(variance) + abs(float(first_S @ second_S)) / (2 * first * second)
-        return Share(min(1.0, max(0.0, value)), max(0.0, value - reach), min(1.0, value + reach))
+        noise = self._std**2 * sum(
+            float((effect_S**2).sum()) / total**2
+            for effect_S, total in ((below_S - value, second), (1 - above_S - value, first))
+        )
+        ties = abs(float(first_S @ second_S)) / (2 * first * second)
+        # All p with (value - p)² <= z²·(p(1 - p)/rows + noise).
+        wilson = _Z**2 / min(first, second)
+        half = value + wilson / 2
+        inside = half * half - (1 + wilson) * (value * value - _Z**2 * noise)
+        reach = math.sqrt(max(0.0, inside)) / (1 + wilson)
+        centre = half / (1 + wilson)
+        return Share(value, min(centre - reach, value) - ties, max(centre + reach, value) + ties)
 
 
 def _mean(shares: Sequence[Share]) -> Share:
@@ -177,11 +197,11 @@ def _mean(shares: Sequence[Share]) -> Share:
     value = sum(each for each, _, _ in known) / len(known)
     below = math.sqrt(sum((each - low) ** 2 for each, low, _ in known)) / len(known)
     above = math.sqrt(sum((high - each) ** 2 for each, _, high in known)) / len(known)
-    return Share(value, max(0.0, value - below), min(1.0, value + above))
+    return Share(value, value - below, value + above)
 
 
 def _verdict(share: Share, start: float, stop: float) -> str:
-    if share.value is None or share.high - share.low >= 0.5:
+    if share.value is None or max(share.high - share.low, stop - start) >= _VAGUE:
         return "too few rows to tell"
     if share.high < start:
         return "too sure of itself"

@@ -28,7 +28,8 @@ from cloister.privacy.rowwise import RowWise
 from cloister.training.scattering import MIN_SIDE, Scattering
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "silu": nn.SiLU}
-_ROWS_AT_ONCE = 64  # pictures whose intermediate channels fit into a cache
+_ROWS_AT_ONCE, _FEWEST_ROWS = 64, 8
+_NUMBERS_AT_ONCE = 64 * 784  # pictures whose intermediate channels fit into a cache
 
 
 def seed_of(run: str) -> int:
@@ -65,6 +66,8 @@ class OnFixedFeatures(nn.Module):
     def __init__(self, features: Scattering, head: nn.Module) -> None:
         super().__init__()
         self.features, self.head = features, head
+        self.of_each_row: RowWise | None = None
+        """`features`, tried on a device."""
 
     def forward(self, x_ND: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.head(self.features(x_ND))
@@ -85,7 +88,10 @@ def fixed_features(model: nn.Module, x_ND: torch.Tensor) -> torch.Tensor:
     """
     if not isinstance(model, OnFixedFeatures):
         return x_ND
-    return RowWise(model.features, model.features, x_ND[:1], _ROWS_AT_ONCE)(x_ND)
+    if model.of_each_row is None:  # once: to try a device with large pictures takes long
+        rows = max(_FEWEST_ROWS, min(_ROWS_AT_ONCE, _NUMBERS_AT_ONCE // x_ND.shape[1]))
+        model.of_each_row = RowWise(model.features, model.features, x_ND[:1], rows)
+    return model.of_each_row(x_ND)
 
 
 def _scattering(image: object, width: int) -> Scattering:

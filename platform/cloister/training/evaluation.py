@@ -15,19 +15,19 @@ from torch import nn
 from cloister.privacy.evaluation import Counts, Evaluation
 from cloister.privacy.rowwise import RowWise
 
-_ROWS_AT_ONCE = 64  # a model of pictures may hold megabytes of channels for each row
+_ROWS_AT_ONCE = 64
 
 
 class Evaluator:
     """What `model` says of each row. Made before training: this device is tried at once."""
 
-    def __init__(self, model: nn.Module, width: int) -> None:
-        """`width` is D.
+    def __init__(self, model: nn.Module, like_ND: torch.Tensor) -> None:
+        """Of `like_ND` only shape and type are read.
 
         Raises:
             InputError: this device computes a row otherwise beside others.
         """
-        self._probabilities = RowWise(model, lambda x: torch.softmax(model(x), 1), torch.zeros(1, width), _ROWS_AT_ONCE)
+        self._probabilities = RowWise(model, lambda x: torch.softmax(model(x), 1), like_ND, _ROWS_AT_ONCE)
 
     def __call__(self, evaluation: Evaluation, x_ND: torch.Tensor, y_N: torch.Tensor) -> Counts:
         """The exact histogram, [K, 2, B] int64: private."""

@@ -19,7 +19,7 @@ import onnxruntime
 import torch
 from torch import nn
 
-from cloister.errors import IntegrityError
+from cloister.errors import InputError, IntegrityError
 
 OPSET = 18
 INPUT_NAME = "features"
@@ -32,6 +32,7 @@ def to_onnx(model: nn.Module, width: int) -> bytes:
     """The bytes of `model.onnx`, softmax included.
 
     Raises:
+        InputError: the model's numbers are not finite.
         IntegrityError: onnxruntime computes something else than torch.
     """
     wrapped = nn.Sequential(model, nn.Softmax(dim=1)).eval()
@@ -58,7 +59,9 @@ def to_onnx(model: nn.Module, width: int) -> bytes:
     del proto.graph.metadata_props[:], proto.metadata_props[:]
     content = proto.SerializeToString(deterministic=True)
     got = _run(content, probe_ND.numpy())
-    if got.shape != expected.shape or float(np.abs(got - expected).max()) > PARITY_TOLERANCE:
+    if not np.isfinite(expected).all():
+        raise InputError("the model diverged: what it says is no number", "lower training.learning_rate")
+    if got.shape != expected.shape or not float(np.abs(got - expected).max()) <= PARITY_TOLERANCE:
         raise IntegrityError("the exported model differs from the trained one", "do not release this model")
     return bytes(content)
 

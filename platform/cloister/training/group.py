@@ -38,13 +38,13 @@ class Group(Protocol):
 def from_rank_0(group: Group, act: Callable[[], Any]) -> Any:
     """What `act` gives on rank 0, as JSON, on every rank; or what it failed with, raised on every rank."""
     failure: Exception | None = None
-    said: dict[str, Any] = {}
+    said = b""
     if group.rank == 0:
         try:
-            said = {"value": act()}
+            said = canonical_json({"value": act()})
         except Exception as error:  # noqa: BLE001  (whatever it is, the other ranks must not wait for ever)
-            failure, said = error, {"error": describe(error)}
-    told = json.loads(group.share(canonical_json(said)))
+            failure, said = error, canonical_json({"error": describe(error)})
+    told = json.loads(group.share(said))
     if "error" in told:
         raise failure or from_dict(told["error"])
     return told["value"]
@@ -54,7 +54,8 @@ def on_each_rank(group: Group, act: Callable[[], T]) -> T:
     """What `act` gives on this rank, once it has succeeded on all.
 
     Raises:
-        CloisterError: it failed on a rank: the same on every rank, what it failed with on the first of those.
+        CloisterError: it failed on another rank: what `describe` says of it, of the first of those.
+        Exception: it failed on this rank, which is the first of those.
     """
     done: list[T] = []
     failure: Exception | None = None

@@ -88,7 +88,8 @@ def train(
     ranks in place. `shards` are the names and numbers of rows of the shards that x_ND consists of, in its order.
     `checkpoint(done)` is called after the last step of each block: the point to keep model and optimiser.
     `on_step(done)` is called after each step. `clipped_gradients` is an engine around the model, tried before, in place
-    of `engine` and `options`; it is closed. All ranks start from the same weights (`build_model` sees to that).
+    of `engine` and `options`; it is closed, once training has begun. All ranks start from the same weights
+    (`build_model` sees to that).
 
     Raises:
         InputError: rows that are not tensors, more rows than the plan declares, a layer that cannot be trained

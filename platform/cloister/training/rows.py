@@ -85,6 +85,10 @@ class Rows(Declared):
         columns = {name: np.concatenate([shards[shard][name] for shard in sorted(shards)]) for name in names}
         inputs = torch.from_numpy(self.encoder.encode(columns))
         labels = torch.from_numpy(columns[self.spec.label].astype(np.int64))
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(self.labels):
+            raise IntegrityError(
+                f"column '{self.spec.label}' has values that its schema does not have", "seal it again"
+            )
         return Opened(inputs, labels, [(shard, len(shards[shard][self.spec.label])) for shard in sorted(shards)])
 
     def _used_rows(self, columns: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:

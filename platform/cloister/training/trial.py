@@ -85,7 +85,7 @@ def try_out(run: str, attempt: Attempt, group: Group) -> Trial:
     if group.rank == 0 and attempt.checkpoint is None:
         to_onnx(model, width)  # 3
     # Before there is an engine: its layers may compute otherwise, and it is gone when the model is evaluated.
-    evaluator = Evaluator(model, width) if group.rank == 0 else None
+    evaluator = Evaluator(learner, x_ND) if group.rank == 0 else None
     engine = TriedEngine(  # 4
         plan, learner, x_ND, y_N, world_size=group.world_size, engine=spec.privacy.engine
     )
