@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 from cloister.errors import InputError
 from cloister.privacy import accounting
 from cloister.privacy.plan import PrivacyPlan, make_plan
+from cloister.rounding import most_rows
 
 Asked = tuple[float, float, int, int, int, int]  # epsilon, delta, rows, expected batch size, steps, rows of a unit
 MOST_SECONDS, MOST_GIGABYTES = 10.0, 1.0
@@ -61,7 +62,7 @@ def random_mechanisms(count: int) -> list[Asked]:
     while len(found) < count:
         rows = int(10 ** draw.uniform(2, 9))
         batch = max(1, int(rows * 10 ** draw.uniform(-5, -0.1)))
-        delta = min(0.99 / rows, 10 ** draw.uniform(-10, -4))
+        delta = min(0.99 / most_rows(rows), 10 ** draw.uniform(-10, -4))
         unit = 1 if draw.uniform() < 0.75 else int(10 ** draw.uniform(0, 3))
         found.append((10 ** draw.uniform(-1.5, 1.3), delta, rows, batch, int(10 ** draw.uniform(0, 4.7)), unit))
     return [each for each in found if each[1] >= accounting.MIN_DELTA]

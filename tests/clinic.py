@@ -145,6 +145,9 @@ def following(world: World, version: int, kind: str) -> dict[str, Any]:
     made = facts(world, version)
     made["version"] = version + 1
     made["lineage"] |= {"kind": kind, "parents": [f"clinic@{version}"], "rows_before": made["lineage"]["rows_after"]}
+    made.pop("published", None)
+    if kind in ("erase", "rectify"):
+        made["published"] = manifest(world, version).all_published.model_dump()
     return made
 
 

@@ -85,7 +85,7 @@ class CommandLine:
 
     def seal_adult(self) -> None:
         self.json("data", "seal", ADULT / "adult.csv.gz", "--schema", ADULT / "schema.yaml", who="olga")
-        self.json("budget", "set", "adult", "--epsilon", "7", "--delta", "3e-5", who="olga")
+        self.json("budget", "set", "adult", "--epsilon", "7", "--delta", "2e-5", who="olga")
 
     def approve(self, who: str = "rita") -> None:
         """Approve the one request that is open."""

@@ -28,13 +28,13 @@ MAX_STEPS = 50_000  # accounting for this many takes up to 10 s of a core, insid
 
 
 def plan_for(spec: TrainingSpec, manifest: DatasetManifest) -> PrivacyPlan:
-    """The plan of a spec over a dataset's training rows.
+    """The plan of a spec over a dataset's training rows, of which it knows the published number alone.
 
     Raises:
         InputError: too many steps, or as `make_plan`.
         UnavailableError: others are waiting for theirs.
     """
-    rows = manifest.rows("train")
+    rows = manifest.published_rows("train")
     rows_per_unit = used_of_unit(spec, manifest)
     labels = DatasetSchema.from_mapping(manifest.dataset_schema).column(spec.label).values or ()
     if len(labels) > MOST_LABELS:

@@ -1,6 +1,8 @@
 """Sealed datasets as they are on record: their versions, where each came from, and their privacy budgets.
 
 Guarantees: a budget is never lowered below what is spent; a version that has ended is known as such to whoever looks.
+Whoever does not own a dataset is told published numbers of rows and no other (`datasets.manifest`): neither the signed
+manifest, which counts the rows of each file, nor how large a file is.
 How versions come about is in `registration`, how they end in `lifecycle`.
 """
 
@@ -16,9 +18,11 @@ from cloister.authority import ledger_seals, resources
 from cloister.authority.approvals import Approvals
 from cloister.authority.core import Action, Caller, Core
 from cloister.authority.ledger import budget_state, change_budget, charged_so_far, has_budget, spending
+from cloister.datasets.manifest import DatasetManifest
 from cloister.datasets.schema import DatasetSchema, Unit
 from cloister.errors import BudgetError, ConflictError, InputError, NotFoundError
 from cloister.privacy.plan import require_small_delta
+from cloister.rounding import rounded_down
 from cloister.stores.blobs import Stores
 from cloister.stores.tables import data_keys, datasets, models, runs
 
@@ -35,14 +39,21 @@ class Datasets:
         self._stores = stores
 
     def show(self, caller: Caller, name: str, version: int) -> dict[str, Any]:
-        """Manifest, owner, state and budget of one version, and the lineage of the whole dataset."""
+        """Manifest, owner, state and budget of one version, and the lineage of the whole dataset.
+
+        The signed manifest is for its owner: for all others there is no `envelope`, the manifest has no files, and
+        `checks` is what files can be verified with.
+        """
         with self._core.reading(caller, "dataset:read") as act:
             row = load(act.connection, name, version)
             act.allow(resources.dataset(act.connection, row))
+            manifest, own = DatasetManifest.parse(row.manifest), row.owner == caller.name
             return _public(row) | {
                 "digest": row.manifest_digest,
-                "manifest": row.manifest,
-                "envelope": row.envelope,
+                "manifest": row.manifest if own else manifest.without_counts(),
+                "envelope": row.envelope if own else None,
+                "checks": None if own else [file.check() for file in manifest.files],
+                "published": manifest.all_published.model_dump(),
                 "owner_key": row.owner_key,
                 "blobs": self._stores.for_region(row.schema["region"]).url,
                 "budget": budget_state(act.connection, name),
@@ -77,7 +88,8 @@ class Datasets:
                 raise InputError(
                     "a budget has 0 < epsilon <= 100 and 0 < delta < 0.01", "see `cloister budget set --help`"
                 )
-            require_small_delta(delta, last.rows)
+            manifest = DatasetManifest.parse(load(act.connection, name, last.version).manifest)
+            require_small_delta(delta, manifest.most_rows("train") + manifest.most_rows("holdout"))
             charged = charged_so_far(act.connection, name)
             if epsilon * (1 + 1e-9) < charged[0] or delta * (1 + 1e-9) < charged[1]:  # sums of decimal fractions
                 raise BudgetError(
@@ -200,7 +212,7 @@ def _public(row: Any) -> dict[str, Any]:
         "dataset": f"{row.name}@{row.version}",
         "owner": row.owner,
         "kind": row.kind,
-        "rows": row.rows,
+        "rows": rounded_down(row.rows),  # versions of before there were published numbers have the exact one
         "files": row.files,
         "state": "live" if row.ended is None else "ended",
         "ended": row.ended,
@@ -224,9 +236,9 @@ def _lineage(connection: Connection, name: str) -> list[dict[str, Any]]:
     ).all()  # fmt: skip
     return [
         {
-            "dataset": f"{name}@{row.version}", "kind": row.kind, "parents": row.parents, "rows": row.rows,
-            "created": row.created, "due": row.due, "state": "live" if row.ended is None else "ended",
-            "ended": row.ended, "erasure": row.erasure,
+            "dataset": f"{name}@{row.version}", "kind": row.kind, "parents": row.parents,
+            "rows": rounded_down(row.rows), "created": row.created, "due": row.due,
+            "state": "live" if row.ended is None else "ended", "ended": row.ended, "erasure": row.erasure,
             "runs": [
                 {
                     "run": run.id, "state": run.state, "model": f"{run.name}@{run.model}" if run.name else None,

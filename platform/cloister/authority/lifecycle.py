@@ -50,6 +50,7 @@ from cloister.datasets.erasure import (
 )
 from cloister.datasets.manifest import DatasetManifest, SealedFile, parse_reference
 from cloister.errors import ConflictError
+from cloister.rounding import rounded_down
 from cloister.stores.tables import data_keys, datasets, deletions, erasures, models, runs
 
 _OPEN = ("submitted", "training")
@@ -59,7 +60,7 @@ _log = logging.getLogger("cloister.authority")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Ending:
     """Which versions end; `removed` says how many rows of each are in no later one, where that is known: of those for
-    training, and of those that were held out."""
+    training, and of those that were held out. It is private: only bounds for about as many rows leave."""
 
     kind: Kind
     reason: Reason
@@ -211,13 +212,13 @@ class Lifecycle:
             unit=_unit_of(latest(connection, name)),
             ended=tuple(
                 EndedVersion(
-                    version=f"{name}@{row.version}", digest=row.manifest_digest.removeprefix("sha256:"), rows=row.rows,
-                    removed=sum(ending.removed[row.version]) if row.version in ending.removed else None,
+                    version=f"{name}@{row.version}", digest=row.manifest_digest.removeprefix("sha256:"),
+                    rows=rounded_down(row.rows),
                 )
                 for row in ending.ended
             ),
             replaced_by=ending.replaced_by,
-            files=tuple(GoneFile(file=file.ref, sha256=file.sha256, rows=file.rows) for file in gone),
+            files=tuple(GoneFile(file=file.ref, sha256=file.sha256) for file in gone),
             keys=Keys(
                 data_keys=count, wrapping_key=dataset_key(name),
                 destroyed_below=int(act.details.get("key_versions_destroyed_below", 1)),
@@ -382,6 +383,7 @@ def _flag(
         rows = removed.get(row.trained_on, (0, 0)) if by_row else (0, 0)
         subject = None
         if any(rows):
+            rows = _rounded_up(rows[0]), _rounded_up(rows[1])
             epsilon, delta = for_rows(row, *rows)
             subject = Bound(rows=sum(rows), epsilon=epsilon, delta=delta)
         flagged.append(
@@ -391,6 +393,11 @@ def _flag(
             )
         )  # fmt: skip
     return tuple(flagged)
+
+
+def _rounded_up(rows: int) -> int:
+    """To a power of two, so that a certificate does not tell how many rows somebody had; 0 for 0."""
+    return 1 << (rows - 1).bit_length() if rows else 0
 
 
 def _together(connection: Connection, name: str, learned: Sequence[int]) -> Together:

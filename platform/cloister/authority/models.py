@@ -133,7 +133,7 @@ class Models:
         """What a noisy histogram says, and what it is of."""
         manifest = DatasetManifest.parse(load_dataset(connection, run.dataset, run.version).manifest)
         labels = DatasetSchema.from_mapping(manifest.dataset_schema).column(label).values or ()
-        evaluation = PrivacyPlan.from_dict(run.plan).evaluation(len(labels), manifest.rows("holdout"))
+        evaluation = PrivacyPlan.from_dict(run.plan).evaluation(len(labels), manifest.published_rows("holdout"))
         if {len(bins) for sides in counts for bins in sides} != {evaluation.bins} or len(counts) != len(labels):
             raise InputError("this is no histogram of the run's evaluation", "register what the run's own code made")
         figures = evaluation.figures(np.array(counts, dtype=np.int64), labels)

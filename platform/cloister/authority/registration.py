@@ -180,7 +180,7 @@ class Registration:
             if signing_key(act.connection, caller.name) != public:
                 raise ConflictError("your key changed at this moment", "seal again")
             schema = DatasetSchema.from_mapping(manifest.dataset_schema)
-            act.details.update(digest=manifest.digest, files=len(manifest.files), rows=manifest.rows("train"))
+            act.details.update(digest=manifest.digest, files=len(manifest.files), rows=manifest.published_rows("train"))
             last = latest(act.connection, manifest.name)  # 3
             act.allow(_coming(act.connection, f"{manifest.name}@{manifest.version}", last, caller))
             expected = last.version + 1 if last else 1
@@ -270,7 +270,7 @@ class Registration:
                 schema=manifest.dataset_schema,
                 kind=manifest.lineage.kind,
                 parents=list(manifest.lineage.parents),
-                rows=manifest.all_rows,
+                rows=manifest.published_total,
                 files=len(manifest.files),
                 manifest=manifest.model_dump(mode="json"),
                 manifest_digest=manifest.digest,

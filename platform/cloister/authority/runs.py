@@ -49,7 +49,7 @@ class Runs:
         with self._core.database.reading() as connection:
             budget = budget_state(connection, manifest.name)
         schema = DatasetSchema.from_mapping(manifest.dataset_schema)
-        evaluation = plan.evaluation(len(schema.column(spec.label).values or ()), manifest.rows("holdout"))
+        evaluation = plan.evaluation(len(schema.column(spec.label).values or ()), manifest.published_rows("holdout"))
         return {
             "spec": spec.to_dict(),
             "plan": plan.to_dict(),

@@ -34,7 +34,7 @@ def list_(context: Context) -> None:
         (r["dataset"], r["owner"], f"{r['rows']:,}", r["files"], _state(r), _due(r), r["budget"]["epsilon_left"])
         for r in rows
     ]  # fmt: skip
-    output.table(("dataset", "owner", "rows", "files", "state", "due", "epsilon left"), cells,
+    output.table(("dataset", "owner", "rows, about", "files", "state", "due", "epsilon left"), cells,
                  empty="No dataset is sealed yet.")  # fmt: skip
 
 
@@ -43,7 +43,7 @@ def list_(context: Context) -> None:
 @common
 def show(context: Context, dataset: str) -> None:
     """Show a version's public facts, and the lineage: what it was made from, and what was trained on it."""
-    from cloister.datasets.manifest import parse_reference
+    from cloister.datasets.manifest import DatasetManifest, parse_reference
 
     name, version = parse_reference(dataset)
     shown = context.client().get(f"/v1/datasets/{name}/versions/{version}")
@@ -52,9 +52,14 @@ def show(context: Context, dataset: str) -> None:
         return
     schema = shown["manifest"]["dataset_schema"]
     unit = schema["unit"]
+    rows = f"about {shown['published']['train']:,} to train on, about {shown['published']['holdout']:,} held out"
+    if shown["envelope"]:  # its owner's
+        manifest = DatasetManifest.parse(shown["manifest"])
+        rows += f" (exactly {manifest.rows('train'):,} and {manifest.rows('holdout'):,}: nobody else is told)"
     output.facts({"dataset": shown["dataset"], "state": _state(shown), "owner": shown["owner"],
                   "purpose": schema["purpose"], "region": schema["region"],
                   "retention": f"{schema['retention']}, until {_day(shown['due'])}",
+                  "rows": rows,
                   "unit of privacy": unit if unit == "row" else f"{unit['column']}, up to {unit['max_rows']} rows",
                   "made by code": shown["manifest"]["lineage"]["code"], "digest": shown["digest"],
                   "epsilon left": shown["budget"]["epsilon_left"]})  # fmt: skip
@@ -76,8 +81,8 @@ def tree(lineage: list[dict[str, Any]], marked: str) -> Iterator[str]:
         foreign = [parent for parent in each["parents"] if parent not in own]
         made = f" from {', '.join(foreign)}" if foreign else ""
         star = " *" if each["dataset"] == marked else ""
-        yield (f"{before}{'└─' if last else '├─'} {each['dataset']}{star}  {each['kind']}{made}, {each['rows']:,} "
-               f"rows, {_day(each['created'])}, {_state(each)}")  # fmt: skip
+        yield (f"{before}{'└─' if last else '├─'} {each['dataset']}{star}  {each['kind']}{made}, about "
+               f"{each['rows']:,} rows, {_day(each['created'])}, {_state(each)}")  # fmt: skip
         inner = before + ("   " if last else "│  ")
         below = children.get(each["dataset"], [])
         for run in each["runs"]:
@@ -221,7 +226,7 @@ def _tell(done: dict[str, Any]) -> None:
     output.say(f"Ended: {ended}. {facts['keys']['data_keys']:,} data keys are destroyed; backups open none of it.")
     for model in facts["models"]:
         bound = model["subject"] or model["unit"]
-        each = f" for {bound['rows']:,} rows" if facts["unit"] == "row" else ""
+        each = f" for up to {bound['rows']:,} rows" if facts["unit"] == "row" else ""
         output.say(f"{model['model']} learned from it (epsilon {bound['epsilon']:g}{each}): {model['advice']} it.")
     for version in facts["derived"]:
         output.say(f"Not changed: {version}, which was made from it. Erase there too.")

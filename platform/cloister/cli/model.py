@@ -90,7 +90,7 @@ def made_from(shown: dict[str, Any]) -> dict[str, Any]:
 
 
 def _evaluation(metrics: dict[str, Any]) -> dict[str, str]:
-    on = f"on {metrics['holdout_rows']:,} held-out rows (itself epsilon {metrics['evaluation_epsilon']:g})"
+    on = f"on about {metrics['holdout_rows']:,} held-out rows (itself epsilon {metrics['evaluation_epsilon']:g})"
     if "histogram" not in metrics:  # of before there was more than one number
         return {"accuracy": f"{metrics['holdout_accuracy']:.4f} {on}"}
     facts = {"accuracy": f"{_share(metrics['accuracy'])} {on}",

@@ -51,7 +51,8 @@ def plan(context: Context, spec: Path) -> None:
     needed = shown["approvals"]
     approvals = f"{needed}, not yours, to train (a reviewer's or {shown['owner']}'s)" if needed else "none to train"
     output.facts({
-        "dataset": f"{shown['spec']['dataset']}, {p['rows']:,} training rows, {shown['holdout_rows']:,} holdout rows",
+        "dataset": f"{shown['spec']['dataset']}, about {p['rows']:,} training rows, about {shown['holdout_rows']:,} "
+                   "holdout rows",
         "columns": shown["columns"],
         "epsilon": f"{p['epsilon']:g} (certified {p['epsilon_certified']:.4f}) at delta {p['delta']:g}",
         "if workers die": f"at most epsilon {p['epsilon_at_most']:.4f}, for up to {p['redo_steps']:,} steps again",

@@ -317,6 +317,7 @@ def _successor(
         name=parent.name, version=version, dataset_schema=parent.dataset_schema, files=files,
         lineage=Lineage(kind=kind, parents=(f"{parent.name}@{parent.version}",), code=package_digest(),
                         rows_before=parent.all_rows, rows_after=0),
+        published=parent.all_published,
     )  # fmt: skip
     return draft.model_copy(update={"lineage": draft.lineage.model_copy(update={"rows_after": draft.all_rows})})
 

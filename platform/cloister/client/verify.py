@@ -1,18 +1,19 @@
 """A sealed version, checked by anybody who may see its manifest: no key is needed.
 
 Guarantees: a manifest is used only under its owner's signature; a version is called whole only if every stored byte of
-it is as the manifest says. Whatever a store sends, no more of it than one piece for each reader is in memory.
+it is as the manifest says. Its owner has the manifest; all others have the authority's word of what it says, without
+what would count rows. Whatever a store sends, no more of it than one piece for each reader is in memory.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from cloister.client.authority import AuthorityClient
-from cloister.datasets.manifest import MANIFEST_PREDICATE, DatasetManifest, SealedFile
+from cloister.datasets.manifest import MANIFEST_PREDICATE, DatasetManifest, file_check
 from cloister.errors import ConflictError, IntegrityError
 from cloister.signing import dsse
 from cloister.signing.keys import ed25519_public_from_pem, key_id
@@ -38,7 +39,7 @@ def signed_manifest(envelope: dict[str, Any], owner_key: str) -> DatasetManifest
 def verify_dataset(
     client: AuthorityClient, name: str, version: int, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Compare every stored file with the signed manifest. `progress(done, total)` counts bytes.
+    """Compare every stored file with the manifest. `progress(done, total)` counts bytes; the total is the owner's.
 
     Raises:
         IntegrityError: names the first file, in the manifest's order, that changed.
@@ -51,33 +52,36 @@ def verify_dataset(
             f"{name}@{version} has ended, and its files are gone or will be",
             why if shown["erasure"] else "see what is live: cloister data list",
         )
-    manifest = signed_manifest(shown["envelope"], shown["owner_key"])
-    blobs = open_blobs(shown["blobs"])
-    total, done = sum(file.bytes for file in manifest.files), 0
+    total: int | None = None
+    checks = shown["checks"]
+    if shown["envelope"] is not None:
+        manifest = signed_manifest(shown["envelope"], shown["owner_key"])
+        total, checks = sum(file.bytes for file in manifest.files), [file.check() for file in manifest.files]
+    blobs, done = open_blobs(shown["blobs"]), 0
     with ThreadPoolExecutor(READERS) as readers:
-        checked = [readers.submit(_check, blobs, file, f"{name}@{version}") for file in manifest.files]
+        found = [readers.submit(_check, blobs, check, f"{name}@{version}") for check in checks]
         try:
-            for file, check in zip(manifest.files, checked, strict=True):
-                check.result()
-                done += file.bytes
+            for each in found:
+                done += each.result()
                 if progress:
                     progress(done, total)
         finally:
             readers.shutdown(wait=False, cancel_futures=True)
-    return {
-        "dataset": f"{name}@{version}", "digest": manifest.digest, "files": len(manifest.files), "bytes": total,
-    }  # fmt: skip
+    return {"dataset": f"{name}@{version}", "digest": shown["digest"], "files": len(checks), "bytes": done}
 
 
-def _check(blobs: Blobs, file: SealedFile, dataset: str) -> None:
+def _check(blobs: Blobs, check: Mapping[str, Any], dataset: str) -> int:
+    """The size of a stored file that is as it was sealed."""
+    path, at_most = str(check["path"]), int(check["at_most_bytes"])
     hashed, size = hashlib.sha256(), 0
-    for chunk in blobs.chunks(file.path):
+    for chunk in blobs.chunks(path):
         hashed.update(chunk)
         size += len(chunk)
-        if size > file.bytes:  # it may never end
+        if size > at_most:  # it may never end
             break
-    if size != file.bytes or hashed.hexdigest() != file.sha256:
+    if file_check(path, hashed.hexdigest()) != check["check"]:
         raise IntegrityError(
-            f"{file.key_name} of {dataset} changed since it was sealed",
-            f"restore {file.path} from a backup, or seal the data again",
+            f"{check['file']} of {dataset} changed since it was sealed",
+            f"restore {path} from a backup, or seal the data again",
         )
+    return size

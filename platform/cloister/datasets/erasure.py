@@ -1,7 +1,9 @@
 """What a certificate of erasure says (FORMAT.md, "Certificate of erasure"), and how it is told to people.
 
 Guarantees: it names versions, files by their digests, keys by their versions and models, and nobody: no field has room
-for a subject's name or tag, nor for a sentence that somebody wrote. `parse` accepts nothing else.
+for a subject's name or tag, nor for a sentence that somebody wrote. `parse` accepts nothing else. Whoever may see a
+dataset may see its certificates, so they count no rows exactly: those of a version are the published number, and for
+how many of them together a bound holds is rounded up to a power of two.
 Not guaranteed: that nobody kept a copy in clear, or a copy of the key service's own files. It says what the authority
 did with what it held.
 """
@@ -49,8 +51,9 @@ class EndedVersion(_Facts):
     version: _Version
     digest: _Digest
     rows: _Count
-    removed: _Count | None
-    """How many of them are not in `replaced_by`, as far as the authority can know; None where it cannot."""
+    """As published."""
+    removed: _Count | None = None
+    """None. In certificates of before: how many of them are not in `replaced_by`."""
 
 
 class GoneFile(_Facts):
@@ -58,11 +61,12 @@ class GoneFile(_Facts):
 
     file: Annotated[StrictStr, Field(pattern=r"^[1-9][0-9]{0,8}/[a-z0-9-]{1,40}/[a-z]{1,20}$")]
     sha256: _Digest
-    rows: _Count
+    rows: _Count | None = Field(default=None, exclude_if=lambda rows: rows is None)
+    """Absent. Certificates of before have it."""
 
 
 class Bound(_Facts):
-    """(epsilon, delta)-differential privacy for all of `rows` rows together."""
+    """(epsilon, delta)-differential privacy for up to `rows` rows together."""
 
     rows: Annotated[StrictInt, Field(ge=1)]
     epsilon: _Bound
@@ -171,13 +175,13 @@ def sentences(erasure: Erasure) -> list[str]:
     said = [f"{_DONE[erasure.kind]} {erasure.dataset} at {erasure.time} (reason: {erasure.reason})."]
     for version in erasure.ended:
         removed = "" if version.removed is None else f", of which {version.removed:,} are in no later version"
-        said.append(f"Gone: {version.version}, {version.rows:,} rows{removed}. Nobody can open it any more.")
+        said.append(f"Gone: {version.version}, about {version.rows:,} rows{removed}. Nobody can open it any more.")
     if erasure.replaced_by:
         said.append(f"In its place: {erasure.replaced_by}.")
-    shards = {file.file.rpartition("/")[0]: file.rows for file in erasure.files}
+    shards = {file.file.rpartition("/")[0] for file in erasure.files}
     said.append(
-        f"Gone: {len(erasure.files):,} sealed files of {len(shards):,} shards with {sum(shards.values()):,} rows, by "
-        f"the destruction of {erasure.keys.data_keys:,} data keys, and of the versions of "
+        f"Gone: {len(erasure.files):,} sealed files of {len(shards):,} shards, by the destruction of "
+        f"{erasure.keys.data_keys:,} data keys, and of the versions of "
         f"{erasure.keys.wrapping_key} before {erasure.keys.destroyed_below}, under which backups hold them: those "
         f"open nothing either."
     )
@@ -204,7 +208,7 @@ def _of_model(model: TrainedModel, unit: str) -> str:
     bound = f"epsilon {model.unit.epsilon:g}, delta {model.unit.delta:g} for each {_unit(unit)}"
     if model.subject and model.subject.rows > 1:
         s = model.subject
-        bound += f", and epsilon {s.epsilon:g}, delta {s.delta:g} for all {s.rows:,} rows together"
+        bound += f", and epsilon {s.epsilon:g}, delta {s.delta:g} for all of up to {s.rows:,} rows together"
     elif model.subject is None and unit == "row":
         bound += ", and how many rows they had in what it learned from is not known"
     verdict = {

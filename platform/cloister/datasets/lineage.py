@@ -1,8 +1,8 @@
 """How one version of a dataset may follow from those before it.
 
 Guarantees: `check_lineage` lets past only versions whose rows can have come about as their lineage says: nothing that
-is kept was changed, nothing is listed that is not this dataset's, and every file that an erasure or a correction puts
-another one in the place of is named as one that ends.
+is kept was changed, nothing is listed that is not this dataset's, every file that an erasure or a correction puts
+another one in the place of is named as one that ends, and published numbers of rows tell nothing of erased ones.
 Not guaranteed: that the rows within a file are the right ones. Nobody but the owner and workers can see them.
 """
 
@@ -43,6 +43,8 @@ def check_lineage(
         raise InputError("the lineage counts other rows than the files have", _AGAIN)
     if taken & {file.path for file in manifest.files if file.sealed_in == manifest.version}:
         raise InputError("a new file lies where another one does or did", _AGAIN)
+    if kind in ("seal", "append") and manifest.published is not None:
+        raise InputError("only what was erased from, or corrected, keeps numbers that were published before", _AGAIN)
     if kind == "seal":
         _check_sealed(manifest, ends)
         return
@@ -68,6 +70,10 @@ def check_lineage(
         check_ends(live, ends, before.keys() - after.keys())
         if ends & after.keys():
             raise InputError("a file both ends and stays", _AGAIN)
+        if manifest.all_published != parent.all_published:
+            raise InputError(
+                "erasing and correcting keep the published numbers of rows", "make the version with a newer Cloister"
+            )
 
 
 def _check_sealed(manifest: DatasetManifest, ends: AbstractSet[str]) -> None:

@@ -2,6 +2,9 @@
 
 Guarantees: the digest covers schema, files, row counts and lineage, so a manifest that verifies under the owner's
 signature fixes every byte of the version. Holds no key and no row.
+
+Exact row counts are private: they are for the data's owner, and for workers, who hold the rows. All others are told
+`published_rows`, which an erasure does not change.
 """
 
 from __future__ import annotations
@@ -14,10 +17,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from cloister.canonical import digest
 from cloister.datasets.schema import ORDINAL, PartName
 from cloister.errors import InputError
+from cloister.rounding import most_rows, rounded_down
 from cloister.validation import first_problem
 
 MANIFEST_PREDICATE = "https://cloister.dev/dataset/v2"  # in-toto predicate type of a signed manifest
 NAME_PATTERN = r"^[a-z][a-z0-9-]{0,62}$"
+Role = Literal["train", "holdout"]
+_CHECK = "cloister.dev/file-check/v1"
 _REFERENCE = re.compile(r"([a-z][a-z0-9-]{0,62})@([1-9][0-9]{0,8})")
 
 
@@ -29,7 +35,7 @@ class SealedFile(BaseModel):
     shard: str = Field(pattern=r"^[a-z0-9-]{1,40}$")
     sealed_in: int = Field(ge=1)
     """The version that it was sealed in, and whose name its bytes are bound to: later versions may list it too."""
-    role: Literal["train", "holdout"]
+    role: Role
     part: PartName
     """The sensitivity class of its columns, the subject index, or the ordinals."""
     columns: tuple[str, ...] = Field(min_length=1, max_length=10_000)
@@ -48,6 +54,13 @@ class SealedFile(BaseModel):
         """What names this file in its dataset, over all versions: `sealed_in/shard/part`."""
         return f"{self.sealed_in}/{self.key_name}"
 
+    def check(self) -> dict[str, Any]:
+        """What the stored file can be verified with, by whoever is not to know how many rows it has."""
+        return {
+            "file": self.key_name, "path": self.path, "check": file_check(self.path, self.sha256),
+            "at_most_bytes": 1 << self.bytes.bit_length(),
+        }  # fmt: skip
+
 
 class Lineage(BaseModel):
     """Where a version came from."""
@@ -64,6 +77,15 @@ class Lineage(BaseModel):
     rows_after: int = Field(ge=0)
 
 
+class Published(BaseModel):
+    """Numbers of rows that everybody may know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    train: int = Field(ge=0)
+    holdout: int = Field(ge=0)
+
+
 class DatasetManifest(BaseModel):
     """One version of a dataset. `dataset_schema` is the schema as the owner wrote it."""
 
@@ -75,14 +97,37 @@ class DatasetManifest(BaseModel):
     dataset_schema: dict[str, Any]
     files: tuple[SealedFile, ...] = Field(min_length=1, max_length=100_000)
     lineage: Lineage
+    published: Published | None = Field(default=None, exclude_if=lambda published: published is None)
+    """Of the version that this one follows, where it was erased from or corrected. Else absent: the version's own."""
 
     @property
     def digest(self) -> str:
         return digest("cloister.dev/dataset/v2", self.model_dump(mode="json"))
 
-    def rows(self, role: Literal["train", "holdout"]) -> int:
-        """Number of rows in the shards of one role. Public: the owner publishes it in the manifest."""
+    def rows(self, role: Role) -> int:
+        """Exact number of rows in the shards of one role: private, see `published_rows`."""
         return sum({file.shard: file.rows for file in self.files if file.role == role}.values())
+
+    def published_rows(self, role: Role) -> int:
+        """The public number of rows of one role: rounded down to two digits when rows were last sealed or appended. No
+        erasure, correction or expiry since has changed it.
+        """
+        if self.published is None:
+            return rounded_down(self.rows(role))
+        return self.published.train if role == "train" else self.published.holdout
+
+    def most_rows(self, role: Role) -> int:
+        """The most rows of one role that any version with these published numbers has: public."""
+        return most_rows(self.published_rows(role))
+
+    @property
+    def all_published(self) -> Published:
+        return Published(train=self.published_rows("train"), holdout=self.published_rows("holdout"))
+
+    @property
+    def published_total(self) -> int:
+        """Of both roles together, from their published numbers."""
+        return rounded_down(self.published_rows("train") + self.published_rows("holdout"))
 
     @property
     def numbered(self) -> bool:
@@ -91,9 +136,15 @@ class DatasetManifest(BaseModel):
 
     @property
     def all_rows(self) -> int:
+        """Exact, of both roles: private."""
         return self.rows("train") + self.rows("holdout")
 
-    def shards(self, role: Literal["train", "holdout"]) -> tuple[str, ...]:
+    def without_counts(self) -> dict[str, Any]:
+        """As JSON, what everybody may know of it: no file is named, since its size tells how many rows it has."""
+        made = self.model_dump(mode="json", exclude={"files": True, "lineage": {"rows_before", "rows_after"}})
+        return made | {"published": self.all_published.model_dump()}
+
+    def shards(self, role: Role) -> tuple[str, ...]:
         return tuple(sorted({file.shard for file in self.files if file.role == role}))
 
     @classmethod
@@ -114,6 +165,14 @@ class DatasetManifest(BaseModel):
         if any(file.sealed_in > manifest.version for file in manifest.files):
             raise InputError("the dataset manifest lists a file of a later version", "seal the data again")
         return manifest
+
+
+def file_check(path: str, sha256: str) -> str:
+    """What tells, to whoever has a stored file, whether it is the one with that hex SHA-256; to others, nothing.
+
+    The digest itself would do so too, but with all of a manifest's the counts of rows could be tried against its own.
+    """
+    return digest(_CHECK, {"path": path, "sha256": sha256})
 
 
 def parse_reference(text: str, *, what: str = "dataset") -> tuple[str, int]:

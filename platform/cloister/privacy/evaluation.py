@@ -75,6 +75,7 @@ class Evaluation:
 
     labels: int
     rows: int
+    """As published (`cloister.rounding`): it chooses the bins. What is counted are the rows that there are."""
     epsilon: float
     rows_per_unit: int = 1
 

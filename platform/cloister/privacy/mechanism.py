@@ -34,8 +34,8 @@ from cloister.privacy.sampling import ShardedBatches
 
 
 def grid_of(plan: PrivacyPlan, ranks: int, parameters: int) -> Grid:
-    """The same on each rank."""
-    return Grid.of(plan.max_grad_norm, plan.expected_batch_size, plan.noise_multiplier, ranks, parameters)
+    """The same on each rank. It has room for the batches of the largest table of the plan."""
+    return Grid.of(plan.max_grad_norm, plan.largest_expected_batch, plan.noise_multiplier, ranks, parameters)
 
 
 def noise_std(plan: PrivacyPlan) -> float:

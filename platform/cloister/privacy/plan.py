@@ -1,9 +1,10 @@
 """The privacy of one training run, decided before it touches data.
 
 Guarantees: `make_plan` is the one place that couples sampling, clipping, noise and accounting; there is no plan that
-is certified above its target; every field is public (the number of
-training rows is declared public), so a plan may be approved, logged and signed. Averages divide by the public
-`sample_rate * rows`, never by a realised batch size, which is private.
+is certified above its target; every field is public, so a plan may be approved, logged and signed. `rows` is the
+published number of training rows (`cloister.rounding`), not the exact one, which is private: a table has up to
+`most_rows` of them, or fewer where rows were erased since. Averages divide by the public `sample_rate * rows`, never by
+a realised batch size, which is private. What epsilon costs follows from the rate and the steps, whatever the table.
 
 Steps that are run again, because workers died, cost as additional steps: `redo_steps` bounds them, and
 `epsilon_at_most` is what the run then costs. Without deaths it costs `epsilon_certified`.
@@ -19,6 +20,7 @@ from typing import Any, Self
 from cloister.errors import InputError
 from cloister.privacy import accounting
 from cloister.privacy.evaluation import DEFAULT_EPSILON, Evaluation
+from cloister.rounding import most_rows
 
 BLOCK_STEPS = 50
 """How many steps are committed to the ledger at once: what one death of a worker costs at most."""
@@ -36,6 +38,7 @@ class PrivacyPlan:
     sample_rate: float
     steps: int
     rows: int
+    """As published; exact in plans of before there were published numbers."""
     rows_per_unit: int = 1
     """How many rows of a unit of privacy are used at most: epsilon and delta are promised to it, not to each row."""
     redo_steps: int = 0
@@ -73,12 +76,22 @@ class PrivacyPlan:
         return self.sample_rate * self.rows
 
     @property
+    def most_rows(self) -> int:
+        """The most rows that a table of this plan has."""
+        return most_rows(self.rows)
+
+    @property
+    def largest_expected_batch(self) -> float:
+        """How many rows a batch of the largest such table is expected to have: for bounds, not for averages."""
+        return self.sample_rate * self.most_rows
+
+    @property
     def epochs(self) -> float:
         """Expected number of times that a row is used."""
         return self.sample_rate * self.steps
 
     def evaluation(self, labels: int, rows: int) -> Evaluation:
-        """The evaluation on so many held-out rows, of so many labels."""
+        """The evaluation on so many held-out rows, as published, of so many labels."""
         return Evaluation(labels=labels, rows=rows, epsilon=self.evaluation_epsilon, rows_per_unit=self.rows_per_unit)
 
     def accounts_after(self, steps: int) -> dict[str, float]:
@@ -124,7 +137,8 @@ def make_plan(
     redo_steps: int = 0,
     evaluation_epsilon: float = DEFAULT_EPSILON,
 ) -> PrivacyPlan:
-    """The plan for these spec fields over `rows` training rows, up to `rows_per_unit` of them of one unit.
+    """The plan for these spec fields over `rows` training rows, as published, up to `rows_per_unit` of them of one
+    unit. Delta is below one in as many rows as any table has that publishes as many.
 
     The noise is that for the planned steps; `redo_steps` more, should they be needed, cost more epsilon. The evaluation
     costs no more than `epsilon`.
@@ -137,7 +151,7 @@ def make_plan(
             "expected_batch_size is not smaller than the number of training rows",
             f"choose an expected_batch_size below {rows}",
         )
-    require_small_delta(delta, rows)
+    require_small_delta(delta, most_rows(rows))
     evaluation_epsilon = min(evaluation_epsilon, epsilon)
     sample_rate = expected_batch_size / rows
     steps = planned_steps(epochs, expected_batch_size, rows)

@@ -135,7 +135,7 @@ def _require_rows(x_ND: torch.Tensor, y_N: torch.Tensor, plan: PrivacyPlan, publ
         raise InputError("the plan is not a privacy plan", "make it with make_plan")
     if not (isinstance(x_ND, torch.Tensor) and isinstance(y_N, torch.Tensor)):
         raise InputError("rows come as tensors, all of this rank's at once", "loaders sample by rules of their own")
-    if len(x_ND) != len(y_N) or len(x_ND) > plan.rows + public:
+    if len(x_ND) != len(y_N) or len(x_ND) > plan.most_rows + public:
         raise InputError("this rank holds other rows than the plan declares", "make the plan for this data set again")
 
 

@@ -47,7 +47,7 @@ class Tripwires:
         self._named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         self._before = [parameter.detach().clone() for _, parameter in self._named]
         self._std = noise_std
-        rows = plan.expected_batch_size
+        rows = plan.largest_expected_batch
         most_rows = rows + _UPPER_TAIL * math.sqrt(rows) + _UPPER_TAIL**2
         size = sum(parameter.numel() for _, parameter in self._named)
         self._longest = most_rows * plan.max_grad_norm * (1 + SLACK) + noise_std * (math.sqrt(size) + _UPPER_TAIL)

@@ -106,7 +106,7 @@ def work(
     )
     if audit is None or trial.evaluator is None:
         return None
-    evaluation = plan.evaluation(len(rows.labels), rows.manifest.rows("holdout"))  # 7
+    evaluation = plan.evaluation(len(rows.labels), rows.manifest.published_rows("holdout"))  # 7
     histogram = evaluation.released(trial.evaluator(evaluation, fixed_features(model, holdout.x), holdout.y))
     return _publish(authority, run, attempt, lease, rows, model, histogram, audit)
 
