@@ -4,7 +4,8 @@ Neighbouring tables differ by one unit, so an exact count is private. A rounded 
 multiple of its last digit, and not otherwise.
 
 Guarantees: `rounded_down(n) <= n <= most_rows(n) < 1.1·n + 1`, and the two are the same for all counts that are
-published alike. Not promised: that a published count is differentially private. It is declared public.
+published alike. Not promised: that a published count is differentially private. It is declared public; below 100 it is
+the exact one.
 """
 
 from __future__ import annotations

@@ -170,7 +170,8 @@ def test_ordinals_are_sealed_and_read_back_row_by_row() -> None:
     sealed = open_table(seal_table(table, bytes(32), b"a"), bytes(32), b"a")
     assert read_ordinals(sealed).tolist() == numbers.tolist()
     gaps = pa.table({ORDINAL_COLUMN: pa.array([1, None], pa.int16())})
-    for wrong in (sealed.rename_columns(["ordinal"]), pa.table({ORDINAL_COLUMN: [1]}), pa.table({}), gaps):
+    negative = ordinal_table(np.array([0, -1], np.int16))
+    for wrong in (sealed.rename_columns(["ordinal"]), pa.table({ORDINAL_COLUMN: [1]}), pa.table({}), gaps, negative):
         with pytest.raises(InputError, match="not the ordinals"):
             read_ordinals(wrong)
 

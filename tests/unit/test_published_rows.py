@@ -14,9 +14,10 @@ import torch
 import clinic
 from authority_world import World, training_spec
 from cloister.canonical import b64, digest, unb64
+from cloister.client.seal import newest_schema
 from cloister.client.verify import verify_dataset
 from cloister.datasets.manifest import DatasetManifest
-from cloister.errors import InputError, IntegrityError
+from cloister.errors import InputError, IntegrityError, PermissionDeniedError
 from cloister.privacy.plan import PrivacyPlan, make_plan
 from cloister.rounding import most_rows, rounded_down
 from cloister.training.loop import _require_rows
@@ -194,6 +195,13 @@ def test_nobody_but_the_owner_is_told_an_exact_number(ward: World) -> None:
     ends = {file["sha256"] for file in clinic.facts(ward, 2)["files"]}
     told = json.dumps([ward.get(who, "/v1/datasets/clinic/versions/2") for who in OTHERS])
     assert not any(each in told for each in ends), "with the digests of files, counts can be tried"
+
+
+def test_only_its_owner_appends_and_others_are_told_so(ward: World) -> None:
+    for who in OTHERS:
+        with pytest.raises(PermissionDeniedError, match="only its owner"):
+            newest_schema(ward.client(who), "clinic")
+    assert newest_schema(ward.client("olga"), "clinic").name == "clinic"
 
 
 def test_whoever_may_not_count_rows_can_verify_files(ward: World) -> None:

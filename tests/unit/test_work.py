@@ -186,6 +186,52 @@ def test_two_ranks_train_to_a_registered_model_and_their_checkpoints_go(world: W
     assert stored(world, run) == ["model-1.onnx.sealed"]
 
 
+def watch_loading(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float]]:
+    """The first input of each row that is loaded, by role."""
+    loaded: dict[str, list[float]] = {"train": [], "holdout": []}
+    real = work_module.Rows.load
+
+    def load(self: Any, role: str) -> Any:
+        opened = real(self, role)
+        loaded[role] += opened.x[:, 0].tolist()
+        return opened
+
+    monkeypatch.setattr(work_module.Rows, "load", load)
+    return loaded
+
+
+def of_clinic(world: World, version: int, **privacy: float) -> str:
+    """A run on the clinic's patients, whose first input is about their number."""
+    return world.submit(
+        name="clinic", dataset=f"clinic@{version}", label="ill", features=["age"], **SHARED,
+        privacy={"epsilon": 3.0, "delta": 1e-3} | privacy,
+        training={"epochs": 2, "expected_batch_size": 8, "learning_rate": 0.1},
+    )  # fmt: skip
+
+
+def test_a_rank_that_has_no_row_to_use_trains_with_the_others(world: World) -> None:
+    """All that was appended comes after what there was of its patients, beyond the cap."""
+    clinic.seal(world, clinic.rows(each=2), shards=1)
+    clinic.append(world, clinic.rows(each=2))
+    world.agreed("sofia", "olga", "PUT", "/v1/datasets/clinic/budget", {"epsilon": 9.0, "delta": 5e-3})
+    assert Ranks(2).run(world, of_clinic(world, 2, rows_per_unit=1))[0]["model"] == "clinic@1"
+
+
+def test_whether_an_erasure_left_anybody_held_out_is_not_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    clinic.seal(world, clinic.rows(people=20))
+    world.agreed("sofia", "olga", "PUT", "/v1/datasets/clinic/budget", {"epsilon": 9.0, "delta": 5e-3})
+    loaded = watch_loading(monkeypatch)
+    first = of_clinic(world, 1)
+    Ranks(1).run(world, first)
+    ages = sorted({round(age * 120) for age in loaded["holdout"]})
+    clinic.erase_person(world, *ages)
+    loaded["holdout"].clear()
+    second = of_clinic(world, 2)
+    assert Ranks(1).run(world, second)[0]["model"] == "clinic@2"
+    assert loaded["holdout"] == [], "they are gone"
+    assert shown(world, second)["plan"] == shown(world, first)["plan"]
+
+
 @pytest.mark.parametrize(("cap", "rows"), [(None, 2), (1, 1)])
 def test_ranks_train_and_evaluate_with_as_many_rows_of_a_unit_as_the_plan_has(
     world: World, monkeypatch: pytest.MonkeyPatch, cap: int | None, rows: int
@@ -198,15 +244,7 @@ def test_ranks_train_and_evaluate_with_as_many_rows_of_a_unit_as_the_plan_has(
         name="clinic", dataset="clinic@1", label="ill", features=["age"], privacy=privacy, **SHARED,
         training={"epochs": 2, "expected_batch_size": 8, "learning_rate": 0.1},
     )  # fmt: skip
-    loaded: dict[str, list[float]] = {"train": [], "holdout": []}
-    real = work_module.Rows.load
-
-    def load(self: Any, role: str) -> Any:
-        opened = real(self, role)
-        loaded[role] += opened.x[:, 0].tolist()
-        return opened
-
-    monkeypatch.setattr(work_module.Rows, "load", load)
+    loaded = watch_loading(monkeypatch)
     registered, _ = Ranks(2).run(world, run)
     assert registered["model"] == "clinic@1"
     counted = {role: Counter(ages) for role, ages in loaded.items()}

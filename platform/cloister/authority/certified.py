@@ -55,7 +55,7 @@ def _assumptions(plan: Mapping[str, Any], spec: Mapping[str, Any]) -> list[str]:
     unit = f"one unit, of which {most} of its rows are used," if capped else f"one unit of {most} row(s)"
     return [
         f"Epsilon bounds what can be told of whether {unit} is in the data.",
-        "Public is the number of rows, rounded down to two digits when rows were sealed; no erasure changes it.",
+        "Public is the number of rows, rounded down to two digits when rows were sealed or appended last.",
         "Where it is known to be there, and only its values are hidden, epsilon is larger: of a row that is replaced.",
         "Each row is in each batch independently with the same probability, and an empty batch is a step.",
         "Each step adds fresh Gaussian noise, from a cryptographic generator whose keys are stored nowhere.",

@@ -48,7 +48,7 @@ from cloister.datasets.erasure import (
     TrainedModel,
     advice,
 )
-from cloister.datasets.manifest import DatasetManifest, SealedFile, parse_reference
+from cloister.datasets.manifest import DatasetManifest, SealedFile, file_check, parse_reference
 from cloister.errors import ConflictError
 from cloister.rounding import rounded_down
 from cloister.stores.tables import data_keys, datasets, deletions, erasures, models, runs
@@ -218,7 +218,7 @@ class Lifecycle:
                 for row in ending.ended
             ),
             replaced_by=ending.replaced_by,
-            files=tuple(GoneFile(file=file.ref, sha256=file.sha256) for file in gone),
+            files=tuple(GoneFile(file=file.ref, check=file_check(file.path, file.sha256)) for file in gone),
             keys=Keys(
                 data_keys=count, wrapping_key=dataset_key(name),
                 destroyed_below=int(act.details.get("key_versions_destroyed_below", 1)),
@@ -396,7 +396,7 @@ def _flag(
 
 
 def _rounded_up(rows: int) -> int:
-    """To a power of two, so that a certificate does not tell how many rows somebody had; 0 for 0."""
+    """To a power of two, so that a certificate tells only about how many rows somebody had; 0 for 0."""
     return 1 << (rows - 1).bit_length() if rows else 0
 
 

@@ -156,7 +156,7 @@ class Runs:
         used = [column.sensitivity for column in (*features, label)]
         act.allow(resources.dataset(act.connection, row, used))
         require_live(act.connection, row)
-        if manifest.rows("holdout") == 0:
+        if manifest.published_rows("holdout") == 0:  # whether an erasure has left any is not told
             raise InputError(f"{spec.dataset} has no holdout rows to evaluate on", "seal it with --holdout 0.2")
         if spec.resources.gpus_per_worker:
             raise InputError("workers with GPUs are not supported yet", "set resources.gpus_per_worker to 0")

@@ -45,7 +45,7 @@ from cloister.datasets.ordinals import Ordinals, number_units, ordinal_table
 from cloister.datasets.partition import Numbering, Part, partition
 from cloister.datasets.schema import INDEX, ORDINAL, DatasetSchema
 from cloister.datasets.subjects import Tags, check_units, held_out, protect
-from cloister.errors import CloisterError, InputError, NotFoundError
+from cloister.errors import CloisterError, InputError, NotFoundError, PermissionDeniedError
 from cloister.sealing import purposes
 from cloister.sealing.lease import seal_to
 from cloister.signing import dsse
@@ -133,6 +133,7 @@ def newest_schema(client: AuthorityClient, name: str) -> DatasetSchema:
 
     Raises:
         NotFoundError: there is none. IntegrityError: it is not signed by its owner.
+        PermissionDeniedError: somebody else owns it.
     """
     live = [
         int(shown["dataset"].rpartition("@")[2])
@@ -142,6 +143,8 @@ def newest_schema(client: AuthorityClient, name: str) -> DatasetSchema:
     if not live:
         raise NotFoundError(f"there is no live version of {name} to append to", "seal it: cloister data seal")
     shown = client.get(f"/v1/datasets/{name}/versions/{max(live)}")
+    if shown["envelope"] is None:
+        raise PermissionDeniedError(f"only its owner appends to {name}", f"ask {shown['owner']}")
     return DatasetSchema.from_mapping(signed_manifest(shown["envelope"], shown["owner_key"]).dataset_schema)
 
 

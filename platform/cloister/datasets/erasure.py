@@ -57,10 +57,15 @@ class EndedVersion(_Facts):
 
 
 class GoneFile(_Facts):
-    """A sealed file whose key is destroyed. `sha256` is of its sealed bytes."""
+    """A sealed file whose key is destroyed."""
 
     file: Annotated[StrictStr, Field(pattern=r"^[1-9][0-9]{0,8}/[a-z0-9-]{1,40}/[a-z]{1,20}$")]
-    sha256: _Digest
+    check: Annotated[StrictStr, Field(pattern=r"^sha256:[0-9a-f]{64}$")] | None = Field(
+        default=None, exclude_if=lambda check: check is None
+    )
+    """`manifest.file_check` of its sealed bytes: with their digests, and the manifest's, counts could be tried."""
+    sha256: _Digest | None = Field(default=None, exclude_if=lambda digest: digest is None)
+    """Absent. Certificates of before have it in place of `check`."""
     rows: _Count | None = Field(default=None, exclude_if=lambda rows: rows is None)
     """Absent. Certificates of before have it."""
 

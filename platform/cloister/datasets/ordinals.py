@@ -92,4 +92,7 @@ def read_ordinals(table: pa.Table) -> Ordinals:
     """
     if table.column_names != [ORDINAL_COLUMN] or table.column(0).type != pa.int16() or table.column(0).null_count:
         raise InputError("these are not the ordinals of rows", "run `cloister data verify`")
-    return np.asarray(table.column(0).to_numpy(), dtype=np.int16)
+    ordinals = np.asarray(table.column(0).to_numpy(), dtype=np.int16)
+    if (ordinals < 0).any():
+        raise InputError("these are not the ordinals of rows", "run `cloister data verify`")
+    return ordinals

@@ -56,6 +56,8 @@ def _words(values: torch.Tensor) -> npt.NDArray[np.generic]:
     difference would do so as well.
     """
     rows = values.detach().cpu().contiguous()
+    if not len(rows):  # its strides may be anything
+        return np.zeros((0, 1), dtype=np.uint8)
     rows = rows.flatten(1) if rows.dim() > 1 else rows.reshape(-1, 1)
     flat = rows.view(torch.uint8).numpy()
     return flat.view(f"<u{min(rows.element_size(), 4)}")

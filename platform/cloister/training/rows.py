@@ -81,6 +81,9 @@ class Rows(Declared):
                 shards.setdefault(file.shard, {}).update(columns)
         if self._capped:
             shards = {shard: self._used_rows(columns) for shard, columns in shards.items()}
+        if not any(len(columns[self.spec.label]) for columns in shards.values()):  # erased since, or beyond the cap
+            nothing = torch.zeros(0, self.encoder.width)
+            return Opened(nothing, torch.zeros(0, dtype=torch.int64), [(shard, 0) for shard in sorted(shards)])
         names = sorted(self._wanted)
         columns = {name: np.concatenate([shards[shard][name] for shard in sorted(shards)]) for name in names}
         inputs = torch.from_numpy(self.encoder.encode(columns))
@@ -95,6 +98,8 @@ class Rows(Declared):
         ordinals = columns.pop(ORDINAL_COLUMN, None)
         if ordinals is None:
             raise IntegrityError("a shard has no ordinals to choose the rows of a unit by", "submit the run again")
+        if len(ordinals) != len(columns[self.spec.label]):
+            raise IntegrityError("a shard has other numbers of ordinals than of rows", "submit the run again")
         used = ordinals < self._used
         return {name: values[used] for name, values in columns.items()}
 
