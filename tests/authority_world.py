@@ -46,7 +46,7 @@ from cloister.signing.run_end import RUN_END_PREDICATE
 from cloister.signing.tokens import AUTHORITY_AUDIENCE, JWT_BEARER
 from cloister.stores.blobs import FolderBlobs
 from cloister.stores.database import Database
-from cloister.stores.tables import log_entries, metadata, pseudonyms
+from cloister.stores.tables import ledger_members, log_entries, metadata, pseudonyms
 from databases import Place
 from postgres import Server
 
@@ -288,6 +288,11 @@ class World:
         assert answer.status_code == 200, answer.text
         return answer.json()
 
+    def put(self, name: str, path: str, body: Any) -> Any:
+        answer = self.ask(name, "PUT", path, body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
     def refused(self, status: int, name: str, method: str, path: str, body: Any = None) -> str:
         """The kind of the error that the request is refused with."""
         answer = self.ask(name, method, path, body)
@@ -366,6 +371,12 @@ class World:
         return dict(self.get("operator", f"/v1/datasets/{name}/budget"))
 
     # ---- journeys ----
+
+    def ledger(self, name: str = "adult") -> str:
+        """The ledger that pays for a dataset."""
+        with self.authority.core.database.reading() as connection:
+            found = connection.execute(select(ledger_members.c.ledger).where(ledger_members.c.dataset == name))
+            return str(found.scalar_one())
 
     def seal(self, owner: str = "olga", **schema: Any) -> dict[str, Any]:
         return seal_dataset(

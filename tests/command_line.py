@@ -96,7 +96,9 @@ class CommandLine:
         return int(self.json("audit", "search", "--limit", "1")[-1]["index"]) + 1
 
     def budget_left(self) -> float:
-        return float(self.json("budget", "show", "adult", who="olga")["epsilon_left"])
+        """With all runs added up: what a run is charged is seen so, whichever rule counts."""
+        shown = self.json("budget", "show", "adult", who="olga")
+        return float(shown["epsilon"] - shown["epsilon_added"])
 
     def blobs(self) -> set[Path]:
         return {path for path in (self.home / "authority" / "blobs").rglob("*") if path.is_file()}

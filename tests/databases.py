@@ -129,9 +129,9 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
 
 def add(database: Database, dataset: str, epsilon: float = 1.0) -> None:
     with database.transaction() as connection:
-        connection.execute(insert(budgets).values(dataset=dataset, epsilon=epsilon, delta=1e-5))
+        connection.execute(insert(budgets).values(ledger=dataset, epsilon=epsilon, delta=1e-5))
 
 
 def held(database: Database) -> list[str]:
     with database.reading() as connection:
-        return list(connection.execute(select(budgets.c.dataset).order_by(budgets.c.dataset)).scalars())
+        return list(connection.execute(select(budgets.c.ledger).order_by(budgets.c.ledger)).scalars())

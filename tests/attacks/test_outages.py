@@ -264,7 +264,7 @@ def test_a_server_that_crashes_and_comes_back(poor_place: Place) -> None:
     assert server is not None
     add(state, "a")
     with unavailable(), state.transaction() as connection:
-        connection.execute(insert(budgets).values(dataset="b", epsilon=1.0, delta=1e-5))
+        connection.execute(insert(budgets).values(ledger="b", epsilon=1.0, delta=1e-5))
         server.stop(signal.SIGQUIT)
     for attempt in (lambda: add(state, "b"), lambda: held(state), poor_place.open):
         with unavailable("cannot be reached"):
@@ -290,9 +290,9 @@ def test_a_connection_that_is_ended_in_the_middle(poor_place: Place) -> None:
     state, server = poor_place.open(), poor_place.server
     assert server is not None
     with unavailable(), state.transaction() as connection:
-        connection.execute(insert(budgets).values(dataset="a", epsilon=1.0, delta=1e-5))
+        connection.execute(insert(budgets).values(ledger="a", epsilon=1.0, delta=1e-5))
         server.end_connections(poor_place.name)
-        connection.execute(insert(budgets).values(dataset="b", epsilon=1.0, delta=1e-5))
+        connection.execute(insert(budgets).values(ledger="b", epsilon=1.0, delta=1e-5))
     with unavailable(), state.reading() as connection:
         connection.execute(text("SELECT 1"))
         server.end_connections(poor_place.name)
@@ -360,7 +360,7 @@ def test_an_authority_that_is_cut_off_gives_the_lock_back(poor_place: Place, mon
     set_limits(monkeypatch, IDLE=2, BUSY=10, STATEMENT=15, ANSWER=20)
     stuck, other = poor_place.open(), poor_place.open()
     with unavailable(), stuck.transaction() as connection:
-        connection.execute(insert(budgets).values(dataset="a", epsilon=1.0, delta=1e-5))
+        connection.execute(insert(budgets).values(ledger="a", epsilon=1.0, delta=1e-5))
         add(other, "b")
         connection.execute(text("SELECT 1"))
     assert held(other) == ["b"]

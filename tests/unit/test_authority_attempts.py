@@ -46,7 +46,7 @@ def shown(world: World, run: str) -> dict[str, Any]:
 
 
 def charged(world: World) -> float:
-    return float(world.budget()["epsilon_charged"])
+    return float(world.budget()["epsilon_added"])
 
 
 def refused(world: World, run: str, path: str, body: Any, status: int = 409) -> str:
@@ -210,7 +210,7 @@ def test_a_lease_of_one_attempt_does_not_open_as_another(world: World) -> None:
 def test_no_key_leaves_for_more_than_is_held(world: World, column: str) -> None:
     run = world.submit()
     world.attempt(run)
-    with world.authority.core.of_itself("ledger:seal") as act, ledger_seals.changing(act, "adult"):
+    with world.authority.core.of_itself("ledger:seal") as act, ledger_seals.changing(act, world.ledger()):
         act.connection.execute(update(runs).where(runs.c.id == run).values({column: 1e-6}))
         act.resource = PLATFORM
     assert refused(world, run, "leases", lease_body()) == "BudgetError"
@@ -448,7 +448,7 @@ def test_a_run_that_never_began_gives_back_everything_once_it_says_so(world: Wor
     world.post("ed", f"/v1/runs/{run}/stop")
     assert charged(world) == EPSILON
     world.end(run, "stopped")
-    assert (charged(world), world.budget()["delta_charged"]) == (0.0, 0.0)
+    assert (charged(world), world.budget()["delta_added"]) == (0.0, 0.0)
 
 
 def test_what_is_made_for_training_is_what_the_authority_takes(world: World) -> None:

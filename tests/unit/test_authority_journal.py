@@ -129,7 +129,7 @@ def test_entry_and_effect_are_one_commit(database: Database) -> None:
 
     def spend(name: str) -> None:
         with database.transaction() as connection:
-            connection.execute(insert(budgets).values(dataset=name, epsilon=1.0, delta=1e-6))
+            connection.execute(insert(budgets).values(ledger=name, epsilon=1.0, delta=1e-6))
             journal.append(connection, events(0, 3))
             journal.append(connection, events(3, 1))  # twice in one transaction
             if name == "undone":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import update
 
 from authority_world import (
     AUDIT,
@@ -25,11 +27,14 @@ from authority_world import (
     training_spec,
 )
 from cloister.authority import attempts as attempts_module
-from cloister.authority import costs
+from cloister.authority import costs, ledger_seals
 from cloister.authority import runs as runs_module
+from cloister.authority.core import PLATFORM
+from cloister.authority.ledger import Budget, Cost
 from cloister.authority.service import Authority
 from cloister.datasets.schema import DatasetSchema
 from cloister.errors import CloisterError, IntegrityError, UnavailableError
+from cloister.privacy import renyi
 from cloister.sealing.lease import OneTimeKey
 from cloister.stores.tables import runs
 
@@ -39,7 +44,7 @@ def run_body(**spec: Any) -> dict[str, Any]:
 
 
 def charged(world: World) -> float:
-    return float(world.budget()["epsilon_charged"])
+    return float(world.budget()["epsilon_added"])
 
 
 # ---- submitting ----
@@ -47,7 +52,8 @@ def charged(world: World) -> float:
 
 def test_the_whole_plan_is_charged_at_submit(world: World) -> None:
     plan = world.post("ed", "/v1/plans", {"spec": training_spec()})
-    assert (charged(world), plan["budget_after"]) == (0.0, 10.0 - EPSILON)
+    before, after = plan["budget"]["before"], plan["budget"]["after"]
+    assert (charged(world), before["epsilon_left"], after["epsilon_left"]) == (0.0, 10.0, 10.0 - EPSILON)
     with world.recorded("ed", "train:submit", "denied"):
         request = world.missing(world.ask("ed", "POST", "/v1/runs", run_body()))
     assert charged(world) == 0.0  # asking for approval costs nothing
@@ -55,7 +61,7 @@ def test_the_whole_plan_is_charged_at_submit(world: World) -> None:
     with world.recorded("ed", "train:submit"):
         run = world.submit()
     assert charged(world) == EPSILON
-    assert world.budget()["delta_charged"] == DELTA
+    assert world.budget()["delta_added"] == DELTA
     (spent,) = world.budget()["runs"]
     assert (spent["run"], spent["author"], spent["state"], spent["epsilon"]) == (run, "ed", "submitted", EPSILON)
     assert spent["evaluation_epsilon"] == 0.0, "nothing is told of held-out rows yet"
@@ -65,10 +71,44 @@ def test_a_run_over_budget_is_refused(world: World) -> None:
     world.set_budget(2.99)
     with world.still():
         assert world.refused(409, "ed", "POST", "/v1/runs", run_body()) == "BudgetError"
-    world.set_budget(10.0, DELTA * 1.5)
+    world.set_budget(EPSILON, DELTA * 1.5)  # half of that is for adding up, and by the other half one run is more
+    with world.still():
+        answer = world.ask("ed", "POST", "/v1/runs", run_body())
+    assert answer.json()["kind"] == "BudgetError"
+    assert "lower privacy.delta to 7.5e-06" in answer.json()["hint"]
+    world.set_budget(EPSILON * 1.4, DELTA * 2)
     world.submit()
     with world.still():
         assert world.refused(409, "ed", "POST", "/v1/runs", run_body()) == "BudgetError"
+
+
+def test_runs_that_a_filter_allows_need_not_add_up(world: World) -> None:
+    world.set_budget(EPSILON * 2)
+    together = [0.0]
+    while world.post("ed", "/v1/plans", {"spec": training_spec()})["affordable"]:
+        world.submit()
+        together.append(world.budget()["epsilon_charged"])
+    shown = world.budget()
+    assert (shown["rule"], charged(world)) == ("renyi", EPSILON * (len(together) - 1))
+    assert together == sorted(together)
+    assert together[:2] == [0.0, EPSILON]
+    assert together[-1] <= EPSILON * 2 < charged(world)
+    assert [run["after"] for run in shown["runs"]] == pytest.approx(together[1:])
+    with world.still():
+        assert world.refused(409, "ed", "POST", "/v1/runs", run_body()) == "BudgetError"
+
+
+def test_a_run_of_before_there_was_a_filter_adds_up_with_all_of_delta(world: World) -> None:
+    world.set_budget(EPSILON * 2, DELTA * 2)
+    world.submit()
+    with world.authority.core.of_itself("ledger:seal") as act, ledger_seals.changing(act, world.ledger()):
+        act.resource = PLATFORM
+        act.connection.execute(update(runs).values(renyi_charged=None))
+    world.submit()
+    shown = world.budget()
+    assert (shown["rule"], shown["epsilon_charged"], shown["delta_of_each_rule"]) == ("adding", 6.0, DELTA * 2)
+    with world.still("denied"):
+        assert world.refused(403, "ed", "POST", "/v1/runs", run_body()) == "PermissionDeniedError"
 
 
 def test_a_key_has_one_run(world: World) -> None:
@@ -88,11 +128,19 @@ def test_a_dataset_without_a_budget_cannot_be_trained_on(empty_world: World) -> 
     assert "a-spent-budget-trains-nothing" in answer.json()["error"]
 
 
-def test_decimal_fractions_that_add_up_are_not_refused(world: World) -> None:
-    world.set_budget(9.0, 3e-5)  # 1e-5 + 1e-5 + 1e-5 > 3e-5 in binary
-    for _ in range(3):
-        world.submit()
-    with world.still("denied"):  # by policy, since nothing is left at all
+def test_decimal_fractions_that_add_up_are_not_refused() -> None:
+    costly = (math.inf,) * len(renyi.ORDERS)
+    spent = Cost.sum([Cost(0.1, 1e-5, costly)] * 3)  # 0.1 + 0.1 + 0.1 > 0.3 in binary, and so are 1e-5
+    assert Budget(0.3, 6e-5, spent).holds()
+    assert not Budget(0.2999, 6e-5, spent).holds()
+    assert not Budget(0.3, 5.999e-5, spent).holds()
+    assert not Budget(0.3, 6e-5, Cost.sum((spent, Cost(1e-6, 0.0, costly)))).holds()
+
+
+def test_a_submission_without_anything_left_is_refused_by_policy(world: World) -> None:
+    world.set_budget(EPSILON)
+    world.submit()
+    with world.still("denied"):
         assert world.refused(403, "ed", "POST", "/v1/runs", run_body()) == "PermissionDeniedError"
 
 
@@ -331,7 +379,7 @@ def test_failing_before_any_block_gives_everything_back(world: World) -> None:
     body = world.end_body(run) | {"error": {"kind": "InputError", "error": "x" * 9999}}
     with world.recorded(run, "run:work"):
         world.post(run, f"/v1/runs/{run}/end", body)
-    assert (charged(world), world.budget()["delta_charged"]) == (0.0, 0.0)
+    assert (charged(world), world.budget()["delta_added"]) == (0.0, 0.0)
     assert len(world.get("ed", f"/v1/runs/{run}")["error"]["error"]) == 500
 
 
@@ -348,7 +396,7 @@ def test_ending_after_some_steps_charges_for_them(world: World, end: str) -> Non
     shown = world.get("ed", f"/v1/runs/{run}")
     assert shown["state"] == ("stopped" if end == "stop" else "failed")
     assert 0 < shown["epsilon_charged"] == spent == charged(world) < shown["plan"]["epsilon_certified"]
-    assert world.budget()["delta_charged"] == DELTA
+    assert world.budget()["delta_added"] == DELTA
     with world.still("success"):  # an end is an end: saying it again changes nothing
         world.end(run)
 

@@ -38,7 +38,7 @@ def half_trained(world: World) -> str:
 
 
 def edit(world: World, how: str, run: str) -> None:
-    mine = ledger_seals.c.dataset == "adult"
+    mine = ledger_seals.c.ledger == world.ledger()
     changes: dict[str, Any] = {
         "budget raised": update(budgets).values(epsilon=99.0),
         "budget cleared": delete(budgets),
@@ -90,7 +90,7 @@ def test_a_ledger_that_is_put_back_with_its_seal_buys_nothing_twice(world: World
     waiting = world.submit()
     world.attempt(waiting)
     with world.authority.core.database.transaction() as connection:
-        connection.execute(update(runs).where(runs.c.id != waiting).values(dataset="gone"))
+        connection.execute(update(runs).where(runs.c.id != waiting).values(ledger="gone"))
         connection.execute(delete(runs).where(runs.c.id == waiting))
         connection.execute(update(ledger_seals).values(counter=then.counter, seal=then.seal))
     assert len(findings(world)) == 1
@@ -104,7 +104,7 @@ def test_a_ledger_that_is_put_back_with_its_seal_buys_nothing_twice(world: World
     other = world.another()
     try:
         with pytest.raises(IntegrityError), other.core.of_itself("ledger:seal") as act:
-            require_whole(act, "adult")  # which has just started
+            require_whole(act, world.ledger())  # which has just started
     finally:
         other.close()
 

@@ -72,7 +72,7 @@ def test_the_unit_is_approved_charged_and_in_the_provenance(clinic_world: World)
     assert world.vote("rita", request).status_code == 200
     run = world.post("ed", "/v1/runs", body)["run"]
     workload.name, world.people[run] = run, workload
-    assert world.budget("clinic")["epsilon_charged"] == 3.0
+    assert world.budget("clinic")["epsilon_added"] == 3.0
     lease = world.lease(run)
     assert lease.plan["rows_per_unit"] == MAX_ROWS
     steps = lease.plan["steps"]
@@ -82,7 +82,7 @@ def test_the_unit_is_approved_charged_and_in_the_provenance(clinic_world: World)
         "features": ({"name": "age", "type": "integer", "class": "confidential", "bounds": [0, 120]},),
     }  # fmt: skip
     world.post(run, f"/v1/runs/{run}/model", world.model_body(run, lease, b"small", **facts))
-    assert world.budget("clinic")["epsilon_charged"] == lease.plan["epsilon_certified"]
+    assert world.budget("clinic")["epsilon_added"] == lease.plan["epsilon_certified"]
     provenance = world.get("ed", "/v1/models/clinic/versions/1")["provenance"]
     privacy = json.loads(unb64(provenance["payload"]))["predicate"]["privacy"]
     assert privacy["plan"]["rows_per_unit"] == MAX_ROWS
@@ -98,4 +98,4 @@ def test_a_run_that_is_stopped_is_charged_for_persons_and_not_for_rows(clinic_wo
     world.post("ed", f"/v1/runs/{run}/stop")
     world.end(run, "stopped")
     known = plan["noise_multiplier"], plan["sample_rate"], 3, plan["delta"]
-    assert world.budget("clinic")["epsilon_charged"] == accounting.epsilon(*known, MAX_ROWS)
+    assert world.budget("clinic")["epsilon_added"] == accounting.epsilon(*known, MAX_ROWS)

@@ -302,7 +302,7 @@ def test_runs_of_before_end_with_their_whole_charge(world: World, tmp_path: Path
     assert world.ask(run, "POST", f"/v1/runs/{run}/blocks", block).status_code == 409
     # Nor does its own word give anything back: nobody knows what it did since.
     world.post(run, f"/v1/runs/{run}/end", ended)
-    assert world.budget()["epsilon_charged"] == shown["epsilon_planned"]
+    assert world.budget()["epsilon_added"] == shown["epsilon_planned"]
     assert world.refused(409, "ed", "POST", f"/v1/runs/{run}/resume") == "ConflictError"
 
 

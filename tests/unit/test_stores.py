@@ -70,7 +70,7 @@ def test_the_state_is_closed_to_others_from_its_first_byte(tmp_path: Path) -> No
     try:
         state = Database(tmp_path / "state.db")
         with state.transaction() as connection:
-            connection.execute(insert(budgets).values(dataset="a", epsilon=1.0, delta=1e-5))
+            connection.execute(insert(budgets).values(ledger="a", epsilon=1.0, delta=1e-5))
             assert {file.name: mode(file) for file in tmp_path.iterdir()} == dict.fromkeys(
                 ("state.db", "state.db-wal", "state.db-shm"), 0o600
             )
@@ -89,7 +89,7 @@ def test_an_exception_undoes_the_whole_transaction(place: Place) -> None:
 
     def die() -> None:
         with state.transaction() as connection:
-            connection.execute(insert(budgets).values(dataset="a", epsilon=1.0, delta=1e-5))
+            connection.execute(insert(budgets).values(ledger="a", epsilon=1.0, delta=1e-5))
             raise KeyError
 
     with pytest.raises(KeyError):
@@ -104,9 +104,9 @@ def test_a_swallowed_failure_is_never_taken_for_a_commit(place: Place) -> None:
     acknowledged = True
     try:
         with state.transaction() as connection:
-            connection.execute(insert(budgets).values(dataset="b", epsilon=1.0, delta=1e-5))
+            connection.execute(insert(budgets).values(ledger="b", epsilon=1.0, delta=1e-5))
             with contextlib.suppress(DBAPIError):
-                connection.execute(insert(budgets).values(dataset="a", epsilon=1.0, delta=1e-5))
+                connection.execute(insert(budgets).values(ledger="a", epsilon=1.0, delta=1e-5))
     except UnavailableError:
         acknowledged = False
     assert ("b" in held(state)) == acknowledged
@@ -118,7 +118,7 @@ def test_a_locked_database_is_unavailable_in_time(place: Place, monkeypatch: pyt
     set_limits(monkeypatch, BUSY=2.0)
     state, other = place.open(), place.open()
     with other.transaction() as connection:
-        connection.execute(insert(budgets).values(dataset="a", epsilon=1.0, delta=1e-5))
+        connection.execute(insert(budgets).values(ledger="a", epsilon=1.0, delta=1e-5))
         with pytest.raises(UnavailableError, match="locked"), state.transaction():
             pass
         with ThreadPoolExecutor() as pool, pytest.raises(UnavailableError, match="busy"):
@@ -132,9 +132,9 @@ def test_who_reads_sees_one_moment(place: Place) -> None:
     state = place.open()
     add(state, "a")
     with state.reading() as connection:
-        assert connection.execute(select(budgets.c.dataset)).scalars().all() == ["a"]
+        assert connection.execute(select(budgets.c.ledger)).scalars().all() == ["a"]
         add(state, "b")
-        assert connection.execute(select(budgets.c.dataset)).scalars().all() == ["a"]
+        assert connection.execute(select(budgets.c.ledger)).scalars().all() == ["a"]
     assert held(state) == ["a", "b"]
 
 
@@ -142,7 +142,7 @@ def test_who_reads_cannot_write(place: Place) -> None:
     state = place.open()
     for _ in range(2):
         with pytest.raises(UnavailableError, match=r"readonly|read-only"), state.reading() as connection:
-            connection.execute(insert(budgets).values(dataset="a", epsilon=1.0, delta=1e-5))
+            connection.execute(insert(budgets).values(ledger="a", epsilon=1.0, delta=1e-5))
     assert held(state) == []
     add(state, "a")
 
@@ -204,7 +204,7 @@ def test_a_value_that_postgres_cannot_hold_is_the_callers_fault(postgres_place: 
     with pytest.raises(InputError):
         add(state, "a\0b")
     with pytest.raises(InputError), state.reading() as connection:
-        connection.execute(select(budgets).where(budgets.c.dataset == "a\0b"))
+        connection.execute(select(budgets).where(budgets.c.ledger == "a\0b"))
     add(state, "a")
     assert held(state) == ["a"]
 

@@ -34,7 +34,7 @@ from cloister.signing.keys import ed25519_public_from_pem, key_id
 from cloister.stores.tables import approvals, votes
 
 DAY_S = 24 * 3600
-LIFETIME_S = {"training": 7 * DAY_S, "promotion": APPROVAL_LIFETIME_S}
+LIFETIME_S = {"training": 7 * DAY_S, "population": 7 * DAY_S, "promotion": APPROVAL_LIFETIME_S}
 DEFAULT_LIFETIME_S = DAY_S
 
 
@@ -48,6 +48,10 @@ class Required(BaseModel):
     training_classes: tuple[str, ...] = ("confidential", "restricted")
     promotion: int = Field(default=1, ge=1, le=16)
     budget: int = Field(default=1, ge=0, le=16)
+    budget_from: float = Field(default=10.0, ge=0.0)
+    """The epsilon above which a first budget needs them too, as each that is raised."""
+    population: int = Field(default=1, ge=1, le=16)
+    """For a dataset in another ledger than others of its owner."""
     policy: int = Field(default=1, ge=1, le=16)
     access: int = Field(default=1, ge=1, le=16)
     key_destruction: int = Field(default=2, ge=1, le=16)

@@ -17,11 +17,11 @@ from sqlalchemy import Connection, insert, select, update
 
 from cloister.authority import ledger_seals, resources
 from cloister.authority.core import Action, Caller, Core
-from cloister.authority.costs import again, rest_of, resumes_from, settle
+from cloister.authority.costs import again, rest_of, resumes_from
 from cloister.authority.data import brief, keys_of, require_live
 from cloister.authority.data import load as load_dataset
 from cloister.authority.key_use import MODELS, dataset_key, key_context, model_key_context
-from cloister.authority.ledger import reserve
+from cloister.authority.ledger import Cost, reserve
 from cloister.authority.runs import close, columns_of, load, require_attempts, settle_beforehand, standing
 from cloister.canonical import b64, canonical_json
 from cloister.datasets.manifest import DatasetManifest
@@ -74,7 +74,7 @@ class Attempts:
                     "state": "training", "attempt": number, "world_size": world_size, "resume_from": resume_from,
                     "position": resume_from, "steps_done": resume_from,
                 }  # fmt: skip
-                with ledger_seals.changing(act, row.dataset):
+                with ledger_seals.changing(act, row.ledger):
                     reserve(act.connection, row, again(row))
                     act.connection.execute(update(runs).where(runs.c.id == run).values(**values))
                 dataset, _ = self._leased(act.connection, row)
@@ -114,9 +114,9 @@ class Attempts:
                 raise ConflictError(
                     f"rank {rank} of {run} has had its lease", "a lease is given once an attempt; open another"
                 )
-            ledger_seals.require_whole(act, row.dataset)
-            epsilon, delta = settle(row.plan, rest_of(row))
-            if row.epsilon_charged < epsilon or row.delta_charged < delta:
+            ledger_seals.require_whole(act, row.ledger)
+            held = Cost.of(row)
+            if held != held.at_least(Cost.of_steps(row.plan, rest_of(row))):
                 raise BudgetError(f"what is held for {run} does not pay for its rest", "open another attempt")
             dataset, manifest = self._leased(act.connection, row)
             keys = _shard_keys(act, manifest, row, rank)
@@ -156,7 +156,7 @@ class Attempts:
                 raise ConflictError("these steps are not the next ones of the plan", _STALE)
             committed = row.steps_committed + last - first
             values = {"position": last, "steps_committed": committed}
-            with ledger_seals.changing(act, row.dataset):
+            with ledger_seals.changing(act, row.ledger):
                 act.connection.execute(update(runs).where(runs.c.id == run).values(**values))
         self._core.anchor(act)  # so that no older state passes for one in which they were not committed
         return {"steps_committed": committed, "position": last}

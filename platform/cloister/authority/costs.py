@@ -15,7 +15,7 @@ from typing import Any
 from cloister.datasets.manifest import DatasetManifest
 from cloister.datasets.schema import DatasetSchema
 from cloister.errors import InputError, UnavailableError
-from cloister.privacy import accounting
+from cloister.privacy import accounting, renyi
 from cloister.privacy.evaluation import MOST_LABELS
 from cloister.privacy.plan import BLOCK_STEPS, PrivacyPlan, make_plan, planned_steps
 from cloister.privacy.spec import TrainingSpec
@@ -133,6 +133,11 @@ def for_rows(run: Any, trained: int, held_out: int) -> tuple[float, float]:
     if math.isinf(together):
         return (trained + held_out) * one, 1.0
     return together + held_out * plan.evaluation_epsilon, delta
+
+
+def curve(plan: dict[str, Any], steps: int) -> renyi.Curve:
+    """The Rényi divergences that so many committed steps of a plan come to."""
+    return renyi.curve_of(PrivacyPlan.from_dict(plan), steps)
 
 
 def settle(plan: dict[str, Any], steps: int) -> tuple[float, float]:

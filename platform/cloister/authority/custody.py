@@ -157,9 +157,9 @@ def _rewrap_data_keys(act: Action, dataset: str) -> int:
 
 def _rewrap_seals(act: Action) -> int:
     rows = act.connection.execute(select(ledger_seals).where(ledger_seals.c.seal != b"")).all()
-    wrapped = [(row.seal, ledger_context(row.dataset, row.counter)) for row in rows]
+    wrapped = [(row.seal, ledger_context(row.ledger, row.counter)) for row in rows]
     for row, again in zip(rows, act.keys.rewrap(LEDGER, wrapped), strict=True):
-        mine = ledger_seals.c.dataset == row.dataset
+        mine = ledger_seals.c.ledger == row.ledger
         act.connection.execute(update(ledger_seals).where(mine).values(seal=again))
     return len(rows)
 

@@ -9,6 +9,7 @@ How versions come about is in `registration`, how they end in `lifecycle`.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,7 +18,9 @@ from sqlalchemy import Connection, select
 from cloister.authority import ledger_seals, resources
 from cloister.authority.approvals import Approvals
 from cloister.authority.core import Action, Caller, Core
-from cloister.authority.ledger import budget_state, change_budget, charged_so_far, has_budget, spending
+from cloister.authority.ledger import Budget, budget_of, change_budget, has_budget, spending
+from cloister.authority.overlap import Overlap
+from cloister.authority.populations import described, ledger_of, members
 from cloister.datasets.manifest import DatasetManifest
 from cloister.datasets.schema import DatasetSchema, Unit
 from cloister.errors import BudgetError, ConflictError, InputError, NotFoundError
@@ -33,9 +36,10 @@ _SHORT = [column for column in datasets.c if column.name not in ("manifest", "en
 class Datasets:
     """Registered dataset versions."""
 
-    def __init__(self, core: Core, approvals: Approvals, stores: Stores) -> None:
+    def __init__(self, core: Core, approvals: Approvals, overlap: Overlap, stores: Stores) -> None:
         self._core = core
         self._approvals = approvals
+        self._overlap = overlap
         self._stores = stores
 
     def show(self, caller: Caller, name: str, version: int) -> dict[str, Any]:
@@ -56,7 +60,7 @@ class Datasets:
                 "published": manifest.all_published.model_dump(),
                 "owner_key": row.owner_key,
                 "blobs": self._stores.for_region(row.schema["region"]).url,
-                "budget": budget_state(act.connection, name),
+                "budget": budget_shown(act.connection, row),
                 "lineage": _lineage(act.connection, name),
             }
 
@@ -66,49 +70,60 @@ class Datasets:
             rows = act.connection.execute(select(*_SHORT).order_by(datasets.c.name, datasets.c.version)).all()
             act.allow(resources.new_dataset("any", caller.name))
             return [
-                _public(row) | {"budget": budget_state(act.connection, row.name)}
+                _public(row) | {"budget": budget_shown(act.connection, row)}
                 for row in rows
                 if act.permits(resources.dataset(act.connection, row))
             ]
 
     def set_budget(self, caller: Caller, name: str, epsilon: float, delta: float) -> dict[str, Any]:
-        """Set the total that all runs on all versions of a dataset may spend. To raise it takes approval.
+        """Set the total that all runs may spend on all datasets of one owner, population and unit. To raise it takes
+        approval, and so does a first one above the site's ceiling.
 
         Raises:
             BudgetError: less than what is spent or held already.
             InputError: outside its range, or a delta that protects no row.
-            ApprovalMissingError: more than it was, and not enough others agreed; names the request.
+            ApprovalMissingError: not enough others agreed, or nobody has answered whether the dataset is about people
+                in another ledger; names the request.
         """
         with self._core.action(caller, "budget:set", epsilon=epsilon, delta=delta) as act:
             last = latest(act.connection, name)
             if last is None:
                 raise NotFoundError(f"there is no dataset {name}", "seal it first: cloister data seal")
             act.allow(resources.dataset(act.connection, last))
+            ledger = self._overlap.require(act, last)
             if not (0 < epsilon <= 100 and 0 < delta < 1e-2):
                 raise InputError(
                     "a budget has 0 < epsilon <= 100 and 0 < delta < 0.01", "see `cloister budget set --help`"
                 )
-            manifest = DatasetManifest.parse(load(act.connection, name, last.version).manifest)
-            require_small_delta(delta, manifest.most_rows("train") + manifest.most_rows("holdout"))
-            charged = charged_so_far(act.connection, name)
-            if epsilon * (1 + 1e-9) < charged[0] or delta * (1 + 1e-9) < charged[1]:  # sums of decimal fractions
+            for dataset in {name, *members(act.connection, ledger)}:
+                require_small_delta(delta, most_rows_of(act.connection, dataset))
+            before, approval = budget_of(act.connection, ledger), None
+            if not replace(before, epsilon=epsilon, delta=delta).holds():
                 raise BudgetError(
-                    f"{name} has spent or holds epsilon {charged[0]:.3f} already",
+                    f"runs have spent or hold epsilon {before.charged()[0]:.3f} already, of {name} and what shares its "
+                    "budget",
                     "a budget cannot be below what is spent",
                 )
-            before, approval = budget_state(act.connection, name), None
             # A budget of nothing is one too: what a rollback left of it.
-            if has_budget(act.connection, name) and (epsilon > before["epsilon"] or delta > before["delta"]):
-                approval = self._approve_raise(act, last, before, epsilon, delta)
-            with ledger_seals.changing(act, name):
-                change_budget(act.connection, name, epsilon, delta, caller.name, approval, self._core.clock())
-            return budget_state(act.connection, name)
+            first = not has_budget(act.connection, ledger)
+            if first:
+                approve = epsilon > self._approvals.required.budget_from
+            else:
+                approve = epsilon > before.epsilon or delta > before.delta
+            if approve:
+                approval = self._approve(act, last, ledger, before, epsilon, delta)
+            with ledger_seals.changing(act, ledger):
+                change_budget(act.connection, ledger, epsilon, delta, caller.name, approval, self._core.clock())
+            return budget_shown(act.connection, last)
 
-    def _approve_raise(self, act: Action, row: Any, before: dict[str, Any], epsilon: float, delta: float) -> str | None:
+    def _approve(
+        self, act: Action, row: Any, ledger: str, before: Budget, epsilon: float, delta: float
+    ) -> str | None:  # fmt: skip
         if not self._approvals.required.budget:
             return None
         details = {
-            "dataset": row.name, "epsilon": [before["epsilon"], epsilon], "delta": [before["delta"], delta],
+            "dataset": row.name, "datasets": members(act.connection, ledger), "epsilon": [before.epsilon, epsilon],
+            "delta": [before.delta, delta],
         }  # fmt: skip
         next_step = f"set it again: cloister budget set {row.name}"
         approval, _ = self._approvals.demand(
@@ -117,14 +132,27 @@ class Datasets:
         return approval
 
     def budget(self, caller: Caller, name: str) -> dict[str, Any]:
-        """The budget, what is left of it, whom it protects, how it came to be, and who spent it on what."""
+        """The budget, who shares it, what is left of it, whom it protects, how it came to be, and who spent it."""
         with self._core.reading(caller, "dataset:read") as act:
             last = latest(act.connection, name)
             act.allow(resources.dataset(act.connection, last) if last else resources.new_dataset(name, ""))
             if last is None:
                 raise NotFoundError(f"there is no dataset {name}", "list them: cloister data list")
             unit = unit_of(DatasetSchema.from_mapping(last.schema))
-            return budget_state(act.connection, name) | {"unit": unit} | spending(act.connection, name)
+            ledger = ledger_of(act.connection, last)
+            return budget_shown(act.connection, last) | {"unit": unit} | spending(act.connection, ledger)
+
+
+def budget_shown(connection: Connection, row: Any) -> dict[str, Any]:
+    """The budget that pays for a version of a dataset, and who shares it."""
+    shown = budget_of(connection, ledger_of(connection, row)).to_dict()
+    return {"dataset": row.name} | shown | described(connection, row)
+
+
+def most_rows_of(connection: Connection, name: str) -> int:
+    """The most rows that a dataset's newest version has, by its published numbers."""
+    manifest = DatasetManifest.parse(load(connection, name, latest(connection, name).version).manifest)
+    return manifest.most_rows("train") + manifest.most_rows("holdout")
 
 
 def unit_of(schema: DatasetSchema) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from sqlalchemy import update
 
 from cloister.authority import ledger_seals, resources
 from cloister.authority.core import Caller, Core
-from cloister.authority.costs import again, settle
+from cloister.authority.costs import again
 from cloister.authority.identity import signing_key
-from cloister.authority.ledger import reserve
+from cloister.authority.ledger import Cost, reserve
 from cloister.authority.runs import Runs, close, load, public, require_attempts, settle_beforehand
 from cloister.errors import ConflictError, PermissionDeniedError
 from cloister.privacy.spec import TrainingSpec
@@ -52,10 +52,10 @@ class Ends:
                 failure = kept if said.outcome == "failed" else None
                 close(act.connection, run, said.outcome, failure, self._core.clock())
             if not row.settled:
-                epsilon, delta = settle(row.plan, row.steps_committed)
-                act.details.update(epsilon_charged=epsilon, steps=row.steps_committed)
-                values = {"epsilon_charged": epsilon, "delta_charged": delta, "settled": True, "run_end": envelope}
-                with ledger_seals.changing(act, row.dataset):
+                cost = Cost.of_steps(row.plan, row.steps_committed)
+                act.details.update(epsilon_charged=cost.epsilon, steps=row.steps_committed)
+                values = cost.columns() | {"settled": True, "run_end": envelope}
+                with ledger_seals.changing(act, row.ledger):
                     act.connection.execute(update(runs).where(runs.c.id == run).values(**values))
             return public(load(act.connection, run))
 
@@ -97,7 +97,7 @@ class Ends:
                 "state": "training", "settled": False, "run_end": None, "error": None, "ended": None,
                 "position": row.checkpoint["step"], "steps_done": row.checkpoint["step"],
             }  # fmt: skip
-            with ledger_seals.changing(act, row.dataset):
+            with ledger_seals.changing(act, row.ledger):
                 reserve(act.connection, row, again(row))
                 act.connection.execute(update(runs).where(runs.c.id == run).values(**values))
             return public(load(act.connection, run))

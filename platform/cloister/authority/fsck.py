@@ -35,6 +35,7 @@ from cloister.authority.key_use import MODELS, RELEASE, dataset_key, key_context
 from cloister.authority.ledger_log import LedgerLog
 from cloister.authority.log import read_export
 from cloister.authority.maintenance import Parts, Recorded, dataset_names, keyed_refs, manifest_row, recorded_blobs
+from cloister.authority.populations import ledger_names, members
 from cloister.authority.restore import STAGED
 from cloister.authority.shredding import Shredding
 from cloister.canonical import sha256_hex
@@ -203,18 +204,18 @@ def _keys(parts: Parts, connection: Connection, report: Report) -> None:
 
 
 def _ledgers(parts: Parts, connection: Connection, logged: LedgerLog, report: Report) -> None:
-    """Every dataset has its ledger as it was sealed, after the last change that the log tells of."""
-    names = dataset_names(connection)
+    """Every ledger is as it was sealed, after the last change that the log tells of."""
+    names = ledger_names(connection)
     for name in sorted({*names, *logged.last}):
         report.checked["ledgers"] += 1
         number, problem = ledger_seals.check(connection, parts.keys, name)
-        last = logged.last.get(name, ledger_seals.UNSEALED)
+        last, of = logged.last.get(name, ledger_seals.UNSEALED), ", ".join(members(connection, name)) or name
         if problem and number == last == ledger_seals.UNSEALED and name in names:
-            report.note(f"ledger of {name}", f"it {problem} yet: the authority makes it when it starts")
+            report.note(f"ledger of {of}", f"it {problem} yet: the authority makes it when it starts")
         elif problem:
-            report.broken(f"ledger of {name}", f"it {problem}; no key of {name} leaves for training")
+            report.broken(f"ledger of {of}", f"it {problem}; no key of {of} leaves for training")
         elif problem := logged.disagrees(name, number):
-            report.broken(f"ledger of {name}", f"it {problem}")
+            report.broken(f"ledger of {of}", f"it {problem}")
 
 
 def _open_all(

@@ -39,9 +39,9 @@ def model_key_context(run: str) -> bytes:
     return canonical_json({"use": "cloister.dev/model-key/v1", "run": run})
 
 
-def ledger_context(dataset: str, number: int) -> bytes:
+def ledger_context(ledger: str, number: int) -> bytes:
     """What the seal over a ledger is bound to: whose it is, and after how many changes."""
-    return canonical_json({"use": "cloister.dev/ledger/v1", "dataset": dataset, "number": number})
+    return canonical_json({"use": "cloister.dev/ledger/v1", "dataset": ledger, "number": number})
 
 
 class KeyUse:

@@ -1,65 +1,166 @@
-"""What a dataset's privacy budget is, what of it is left, and holding a part of it for a run.
+"""What a privacy budget is, what of it is left, and holding a part of it for a run.
 
-Guarantees: the sum over all runs of what they hold or have spent never exceeds the budget, since it is checked and
-raised in one transaction. Sums only: who may spend is decided elsewhere.
+Runs that people choose after they have seen earlier models are composed by two rules, and what either allows may run:
+
+    adding   epsilons and deltas of all runs are added up, as their certificates have them
+    Rényi    a filter over their Rényi divergences (`privacy.renyi`): for several runs it is far less than the sum
+
+Guarantees: together all runs stay within the budget's epsilon and delta, whatever is chosen on what was seen. Which of
+the rules ends up as the one that allowed a run may depend on what was seen too: so each has half of the budget's delta.
+(Where adding is right, everything but a probability of half the delta is within epsilon; the same by the other rule;
+and what runs were made are within one of both.) It is checked and charged in one transaction. A ledger with a run of
+before there was a filter adds up, with all of its delta. Who may spend is decided elsewhere.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sqlalchemy import Connection, func, insert, select, update
 
-from cloister.authority.costs import settle
+from cloister.authority.costs import curve, settle
 from cloister.errors import BudgetError
+from cloister.privacy import renyi
 from cloister.privacy.plan import PrivacyPlan
 from cloister.stores.tables import budget_changes, budgets, runs
 
-
-def charged_so_far(connection: Connection, name: str) -> tuple[float, float]:
-    """Sum of (epsilon, delta) that runs hold or have spent: basic composition over runs."""
-    total = select(
-        func.coalesce(func.sum(runs.c.epsilon_charged), 0.0), func.coalesce(func.sum(runs.c.delta_charged), 0.0)
-    )
-    epsilon, delta = connection.execute(total.where(runs.c.dataset == name)).one()
-    return float(epsilon), float(delta)
+ADDING, RENYI = "adding", "renyi"
+_ROUNDING = 1 + 1e-9  # for sums of decimal fractions; it is relative to the total, so it cannot add up
 
 
-def has_budget(connection: Connection, name: str) -> bool:
+_NOTHING = (0.0,) * len(renyi.ORDERS)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Of a run or of several: `epsilon` and `delta` as added up, and the sum of the Rényi curves; None if unknown."""
+
+    epsilon: float = 0.0
+    delta: float = 0.0
+    curve: renyi.Curve | None = _NOTHING
+
+    @classmethod
+    def sum(cls, costs: Iterable[Cost]) -> Cost:
+        """Of several together."""
+        listed = list(costs)
+        curves = [cost.curve for cost in listed if cost.curve is not None]
+        return cls(
+            math.fsum(cost.epsilon for cost in listed), math.fsum(cost.delta for cost in listed),
+            renyi.total([_NOTHING, *curves]) if len(curves) == len(listed) else None,
+        )  # fmt: skip
+
+    @classmethod
+    def of(cls, run: Any) -> Cost:
+        """What a run holds, or has spent."""
+        if not run.epsilon_charged and not run.delta_charged:
+            return cls()
+        known = run.renyi_charged
+        curve = tuple(float.fromhex(each) for each in known) if known and len(known) == len(renyi.ORDERS) else None
+        return cls(float(run.epsilon_charged), float(run.delta_charged), curve)
+
+    @classmethod
+    def of_steps(cls, plan: dict[str, Any], steps: int) -> Cost:
+        """What so many committed steps of a plan cost."""
+        return cls(*settle(plan, steps), curve(plan, steps))
+
+    @classmethod
+    def of_plan(cls, plan: PrivacyPlan) -> Cost:
+        """What is held for a run that is submitted: its epsilon as it was asked for, at least what it is certified."""
+        return cls(plan.epsilon, plan.delta, curve(plan.to_dict(), plan.steps))
+
+    def at_least(self, other: Cost) -> Cost:
+        """The larger of both, in each of its numbers."""
+        curve = None
+        if self.curve is not None and other.curve is not None:
+            curve = tuple(max(pair) for pair in zip(self.curve, other.curve, strict=True))
+        return Cost(max(self.epsilon, other.epsilon), max(self.delta, other.delta), curve)
+
+    def columns(self) -> dict[str, Any]:
+        """The columns of `runs` that keep it."""
+        kept = None if self.curve is None else [each.hex() for each in self.curve]
+        return {"epsilon_charged": self.epsilon, "delta_charged": self.delta, "renyi_charged": kept}
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """A ledger's budget, and the cost of its runs."""
+
+    epsilon: float
+    delta: float
+    spent: Cost
+    order: int = renyi.DEFAULT_ORDER
+
+    @property
+    def delta_of_each_rule(self) -> float:
+        return self.delta if self.spent.curve is None else self.delta / 2
+
+    def after(self, more: Cost) -> Budget:
+        """With this spent too."""
+        return replace(self, spent=Cost.sum((self.spent, more)))
+
+    def holds(self) -> bool:
+        """Whether by one rule or the other all that is spent is within the budget."""
+        return self._adding_holds() or self._renyi_holds()
+
+    def _adding_holds(self) -> bool:
+        enough = self.spent.epsilon <= self.epsilon * _ROUNDING
+        return enough and self.spent.delta <= self.delta_of_each_rule * _ROUNDING
+
+    def _renyi_holds(self) -> bool:
+        return self.spent.curve is not None and self.delta > 0 and renyi.within(
+            self.spent.curve, self.epsilon, self.delta_of_each_rule, self.order
+        )  # fmt: skip
+
+    def charged(self) -> tuple[float, str]:
+        """The epsilon that all runs together come to at the budget's delta, and the rule that says so."""
+        added = self.spent.epsilon
+        if self.spent.curve is None or added == 0 or self.delta == 0:
+            return added, ADDING
+        filtered = renyi.epsilon(self.spent.curve, self.delta_of_each_rule, self.order)
+        adds = self.spent.delta <= self.delta_of_each_rule * _ROUNDING and added <= filtered
+        return (added, ADDING) if adds else (filtered, RENYI)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For people: what is there, what of it is charged by which rule, and what adding up alone would say."""
+        charged, rule = self.charged()
+        return {
+            "epsilon": self.epsilon,
+            "delta": self.delta,
+            "rule": rule,
+            "epsilon_charged": charged,
+            "epsilon_left": max(0.0, self.epsilon - charged),
+            "epsilon_added": self.spent.epsilon,
+            "delta_added": self.spent.delta,
+            "delta_of_each_rule": self.delta_of_each_rule,
+        }
+
+
+def budget_of(connection: Connection, ledger: str | None, *, without: str | None = None) -> Budget:
+    """A ledger's budget; of nothing where there is none, so that nothing is trained. `without` leaves out a run."""
+    if ledger is None:
+        return Budget(0.0, 0.0, Cost())
+    row = connection.execute(select(budgets).where(budgets.c.ledger == ledger)).one_or_none()
+    mine = (runs.c.ledger == ledger) & (runs.c.id != (without or ""))
+    charged = connection.execute(
+        select(runs.c.epsilon_charged, runs.c.delta_charged, runs.c.renyi_charged).where(mine).order_by(runs.c.id)
+    ).all()
+    spent = Cost.sum(map(Cost.of, charged))
+    return Budget(row.epsilon, row.delta, spent, row.order or renyi.DEFAULT_ORDER) if row else Budget(0.0, 0.0, spent)
+
+
+def has_budget(connection: Connection, ledger: str) -> bool:
     """Whether one was ever set, be it of nothing."""
-    return connection.execute(select(budgets.c.dataset).where(budgets.c.dataset == name)).first() is not None
-
-
-def budget_state(connection: Connection, name: str) -> dict[str, Any]:
-    """Total, charged and left; all zero for a dataset without a budget, which therefore cannot be trained on."""
-    row = connection.execute(select(budgets).where(budgets.c.dataset == name)).one_or_none()
-    epsilon, delta = (row.epsilon, row.delta) if row else (0.0, 0.0)
-    spent_epsilon, spent_delta = charged_so_far(connection, name)
-    return {
-        "dataset": name,
-        "epsilon": epsilon,
-        "delta": delta,
-        "epsilon_charged": spent_epsilon,
-        "delta_charged": spent_delta,
-        "epsilon_left": max(0.0, epsilon - spent_epsilon),
-        "delta_left": max(0.0, delta - spent_delta),
-    }
-
-
-def affordable(budget: dict[str, Any], epsilon: float, delta: float) -> bool:
-    """Whether a budget, as `budget_state` tells it, pays for this much more."""
-    # The tolerance is for sums of decimal fractions; it is relative to the total, so it cannot add up.
-    return all(
-        budget[f"{name}_charged"] + needed <= budget[name] * (1 + 1e-9)
-        for name, needed in (("epsilon", epsilon), ("delta", delta))
-    )
+    return connection.execute(select(budgets.c.ledger).where(budgets.c.ledger == ledger)).first() is not None
 
 
 def reserve(connection: Connection, run: Any, steps: int) -> None:
     """Hold for a run what `steps` steps cost, over all of its attempts; it keeps what it holds if that is more.
 
     Raises:
-        BudgetError: the dataset's budget does not pay for it, or these are more steps than were approved.
+        BudgetError: the budget does not pay for it, or these are more steps than were approved.
     """
     plan = PrivacyPlan.from_dict(run.plan)
     if steps > plan.steps + plan.redo_steps:
@@ -67,49 +168,57 @@ def reserve(connection: Connection, run: Any, steps: int) -> None:
             f"{run.id} would come to {steps:,} steps, and at most {plan.steps + plan.redo_steps:,} were approved",
             "submit a new run, with more training.retries if need be",
         )
-    epsilon, delta = settle(run.plan, steps)
-    epsilon, delta = max(epsilon, run.epsilon_charged), max(delta, run.delta_charged)
-    budget = budget_state(connection, run.dataset)
-    if not affordable(budget, epsilon - run.epsilon_charged, delta - run.delta_charged):
+    held = Cost.of(run)
+    needed = Cost.of_steps(run.plan, steps).at_least(held)
+    budget = budget_of(connection, run.ledger, without=run.id)
+    more = needed.epsilon > held.epsilon or needed.delta > held.delta or held.curve != needed.curve
+    if more and not budget.after(needed).holds():
+        now = budget.after(held).to_dict()
         raise BudgetError(
-            f"{run.id} would come to epsilon {epsilon:.4f}, delta {delta:g}, of which {run.epsilon_charged:.4f} and "
-            f"{run.delta_charged:g} are charged already; {run.dataset} had epsilon {budget['epsilon_left']:.4f} left",
+            f"{run.id} would come to epsilon {needed.epsilon:.4f}, delta {needed.delta:g}, of which {held.epsilon:.4f} "
+            f"and {held.delta:g} are charged already; {run.dataset} had epsilon {now['epsilon_left']:.4f} left",
             f"ask the owner for more: cloister budget set {run.dataset}; then: cloister train resume {run.id}",
         )
-    connection.execute(update(runs).where(runs.c.id == run.id).values(epsilon_charged=epsilon, delta_charged=delta))
+    connection.execute(update(runs).where(runs.c.id == run.id).values(**needed.columns()))
 
 
 def change_budget(
-    connection: Connection, name: str, epsilon: float, delta: float, person: str, approval: str | None, now: float
+    connection: Connection, ledger: str, epsilon: float, delta: float, person: str, approval: str | None, now: float
 ) -> None:
-    """Set a dataset's budget, and keep who did. Within `ledger_seals.changing`."""
-    before = budget_state(connection, name)
+    """Set a ledger's budget, and keep who did. Within `ledger_seals.changing`."""
+    before = budget_of(connection, ledger)
     values = {"epsilon": epsilon, "delta": delta}
-    changed = connection.execute(update(budgets).where(budgets.c.dataset == name).values(**values))
+    changed = connection.execute(update(budgets).where(budgets.c.ledger == ledger).values(**values))
     if not changed.rowcount:
-        connection.execute(insert(budgets).values(dataset=name, **values))
-    mine = budget_changes.c.dataset == name
+        order = renyi.order_for(epsilon, delta / 2) if epsilon and delta else None
+        connection.execute(insert(budgets).values(ledger=ledger, order=order, **values))
+    mine = budget_changes.c.ledger == ledger
     last = connection.execute(select(func.coalesce(func.max(budget_changes.c.number), 0)).where(mine)).scalar_one()
     connection.execute(
         insert(budget_changes).values(
-            dataset=name, number=last + 1, person=person, approval=approval, created=now, epsilon=epsilon, delta=delta,
-            epsilon_before=before["epsilon"], delta_before=before["delta"],
+            ledger=ledger, number=last + 1, person=person, approval=approval, created=now, epsilon=epsilon, delta=delta,
+            epsilon_before=before.epsilon, delta_before=before.delta,
         )
     )  # fmt: skip
 
 
-def spending(connection: Connection, name: str) -> dict[str, Any]:
-    """How a budget came to be what it is (`changes`), and what of it each run and each person has or holds."""
+def spending(connection: Connection, ledger: str | None) -> dict[str, Any]:
+    """How a budget came to be what it is (`changes`), what of it each run and each person has or holds, and what all
+    runs together came to after each (`after`).
+    """
     changes = connection.execute(
-        select(budget_changes).where(budget_changes.c.dataset == name).order_by(budget_changes.c.number)
+        select(budget_changes).where(budget_changes.c.ledger == ledger).order_by(budget_changes.c.number)
     ).all()
-    rows = connection.execute(select(runs).where(runs.c.dataset == name).order_by(runs.c.created, runs.c.id)).all()
+    rows = connection.execute(select(runs).where(runs.c.ledger == ledger).order_by(runs.c.created, runs.c.id)).all()
     people: dict[str, dict[str, Any]] = {}
+    so_far, after = replace(budget_of(connection, ledger), spent=Cost()), []
     for row in rows:
         person = people.setdefault(row.author, {"person": row.author, "runs": 0, "epsilon": 0.0, "delta": 0.0})
         person["runs"] += 1
         person["epsilon"] += row.epsilon_charged
         person["delta"] += row.delta_charged
+        so_far = so_far.after(Cost.of(row))
+        after.append(so_far.charged()[0])
     return {
         "changes": [
             {
@@ -122,12 +231,12 @@ def spending(connection: Connection, name: str) -> dict[str, Any]:
             {
                 "run": row.id, "dataset": f"{row.dataset}@{row.version}", "author": row.author, "state": row.state,
                 "epsilon": row.epsilon_charged, "delta": row.delta_charged, "settled": row.settled,
-                "steps": row.steps_committed, "attempts": row.attempt, "created": row.created,
+                "steps": row.steps_committed, "attempts": row.attempt, "created": row.created, "after": together,
                 # Released with the model, of rows that are held out: they pay this where the others pay `epsilon`.
                 "evaluation_epsilon": PrivacyPlan.from_dict(row.plan).evaluation_epsilon
                 if row.state == "finished" else 0.0,
             }
-            for row in rows
+            for row, together in zip(rows, after, strict=True)
         ],
         "people": sorted(people.values(), key=lambda person: (-person["epsilon"], person["person"])),
     }  # fmt: skip

@@ -17,9 +17,10 @@ from cloister.authority import ledger_seals, resources
 from cloister.authority.approvals import Approvals
 from cloister.authority.certified import privacy_of
 from cloister.authority.core import Action, Caller, Core
-from cloister.authority.costs import accounts, replacing, settle
+from cloister.authority.costs import accounts, replacing
 from cloister.authority.data import load as load_dataset
 from cloister.authority.key_use import MODELS, RELEASE, model_key_context
+from cloister.authority.ledger import Cost
 from cloister.authority.runs import load as load_run
 from cloister.authority.runs import standing
 from cloister.canonical import b64, canonical_json, sha256_hex
@@ -92,10 +93,10 @@ class Models:
             release_key = act.keys.signer(RELEASE)
             bundle = oms.sign_model(name, files, release_key)
             root = oms.verify_model(bundle, files, release_key.public_key())
-            epsilon, delta = settle(row.plan, row.steps_committed)
+            cost = Cost.of_steps(row.plan, row.steps_committed)
             metrics = self._evaluated(act.connection, row, spec.label, evaluation)
             provenance = _provenance(act, row, name, root, metrics, privacy_of(row, audit))
-            act.details.update(model=f"{name}@{version}", root=root, epsilon_charged=epsilon)
+            act.details.update(model=f"{name}@{version}", root=root, epsilon_charged=cost.epsilon)
             act.connection.execute(
                 insert(models).values(
                     name=name,
@@ -116,13 +117,13 @@ class Models:
                     created=self._core.clock(),
                 )
             )
-            with ledger_seals.changing(act, row.dataset):
+            with ledger_seals.changing(act, row.ledger):
                 act.connection.execute(
                     update(runs)
                     .where(runs.c.id == run)
                     .values(
                         state="finished", steps_done=row.position, ended=self._core.clock(), world_size=0,
-                        checkpoint=None, epsilon_charged=epsilon, delta_charged=delta, settled=True,
+                        checkpoint=None, settled=True, **cost.columns(),
                     )
                 )  # fmt: skip
         return {"model": f"{name}@{version}", "root_digest": root}

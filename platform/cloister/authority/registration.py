@@ -19,12 +19,13 @@ from typing import Any, Literal
 
 from sqlalchemy import Connection, insert, select
 
-from cloister.authority import ledger_seals, resources
+from cloister.authority import resources
 from cloister.authority.core import Action, Caller, Core, Resource
 from cloister.authority.data import keys_of, latest, live_versions, load, require_live
 from cloister.authority.identity import signing_key
 from cloister.authority.key_use import dataset_key, key_context
 from cloister.authority.lifecycle import Lifecycle
+from cloister.authority.overlap import Overlap
 from cloister.authority.shredding import Shredding
 from cloister.canonical import b64, canonical_json, unb64
 from cloister.datasets.erasure import Reason
@@ -68,13 +69,15 @@ class Registration:
     """How versions come about. `receiving_key` is what owners seal data keys to."""
 
     def __init__(
-        self, core: Core, receiving_key: ReceivingKey, stores: Stores, lifecycle: Lifecycle, shredding: Shredding
-    ) -> None:
+        self, core: Core, receiving_key: ReceivingKey, stores: Stores, lifecycle: Lifecycle, shredding: Shredding,
+        overlap: Overlap,
+    ) -> None:  # fmt: skip
         self._core = core
         self._receiving_key = receiving_key
         self._stores = stores
         self._lifecycle = lifecycle
         self._shredding = shredding
+        self._overlap = overlap
 
     def sealing(
         self, caller: Caller, name: str, kind: Literal["seal", "append"], region: str, public_key: bytes
@@ -196,10 +199,9 @@ class Registration:
             keys = self._open_keys(manifest, sealed_keys)  # 4
             self._insert(act, read, envelope, schema, before)  # 5
             self._wrap(act, manifest, keys)
-            if last is None:
-                ledger_seals.begin(act, manifest.name)
+            asked = self._overlap.register(act, latest(act.connection, manifest.name))
             erasure = self._lifecycle.replace(act, manifest, before, set(ends), reason) if ends else None
-        done = {"dataset": f"{manifest.name}@{manifest.version}", "digest": manifest.digest}
+        done = {"dataset": f"{manifest.name}@{manifest.version}", "digest": manifest.digest, "population": asked}
         return done | (self._shredding.finished(act, erasure) if erasure else {})  # 6
 
     def end(self, caller: Caller, name: str, version: int, ends: list[str], reason: Reason | None) -> dict[str, Any]:

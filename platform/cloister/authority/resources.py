@@ -10,7 +10,8 @@ from typing import Any
 from sqlalchemy import Connection, Table, select
 
 from cloister.authority.core import PLATFORM, Resource
-from cloister.authority.ledger import budget_state
+from cloister.authority.ledger import budget_of
+from cloister.authority.populations import ledger_of
 from cloister.datasets.schema import CLASSES
 from cloister.errors import InputError, NotFoundError
 from cloister.stores.tables import approvals, datasets, endpoints, identities, models, runs
@@ -25,7 +26,7 @@ def dataset(connection: Connection, row: Any, classes: Iterable[str] | None = No
     """A version of a dataset; `classes` are those of the columns that are asked for, all of them by default."""
     schema = row.schema
     used = (column["class"] for column in schema["columns"]) if classes is None else classes
-    left = budget_state(connection, row.name)["epsilon_left"]
+    left = budget_of(connection, ledger_of(connection, row)).to_dict()["epsilon_left"]
     return Resource(
         type="Dataset",
         name=f"{row.name}@{row.version}",

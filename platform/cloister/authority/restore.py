@@ -37,9 +37,10 @@ from cloister.authority.core import PLATFORM, Action, Caller, Core
 from cloister.authority.data import latest
 from cloister.authority.journal import LOG_ORIGIN, Head
 from cloister.authority.key_use import MODELS, dataset_key
-from cloister.authority.ledger import change_budget, charged_so_far
+from cloister.authority.ledger import budget_of, change_budget
 from cloister.authority.log import read_export
-from cloister.authority.maintenance import Parts, dataset_names, local_caller, manifest_row, recorded_blobs
+from cloister.authority.maintenance import Parts, local_caller, manifest_row, recorded_blobs
+from cloister.authority.populations import ledger_names, members
 from cloister.errors import CloisterError, ConflictError, IntegrityError, NotFoundError, UnavailableError
 from cloister.signing.run_end import ENDED
 from cloister.stores import engines
@@ -237,7 +238,7 @@ def _settle(
         _end_sessions(connection, now)
         act.details.update(ended=",".join(ended)[:512], runs_ended=failed)
     with core.database.reading() as connection:
-        names = dataset_names(connection)
+        names = ledger_names(connection)
     for name in names:
         with core.of_itself("ledger:seal") as act:
             _close_ledger(core, act, name, freeze=caller.name if forgotten else None)
@@ -313,22 +314,23 @@ def _end_sessions(connection: Connection, now: float) -> None:
 
 
 def _close_ledger(core: Core, act: Action, name: str, *, freeze: str | None) -> None:
-    """No run on a dataset gives anything back any more: what it did since is not known.
+    """No run of a ledger gives anything back any more: what it did since is not known.
 
-    With `freeze`, the name of who answers for it, the dataset has nothing left either; to raise its budget takes
+    With `freeze`, the name of who answers for it, the ledger has nothing left either; to raise its budget takes
     approval. A ledger that is not as it was sealed stays so: nothing is trained on it, and `cloister fsck` names it.
     """
     connection = act.connection
-    mine = (runs.c.dataset == name) & runs.c.settled.is_(False)
+    mine = (runs.c.ledger == name) & runs.c.settled.is_(False)
     if freeze is None and connection.execute(select(runs.c.id).where(mine)).first() is None:
         return
-    act.resource = resources.dataset(connection, latest(connection, name))
+    act.resource = resources.dataset(connection, latest(connection, members(connection, name)[0]))
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(IntegrityError):
             stack.enter_context(ledger_seals.changing(act, name))
         connection.execute(update(runs).where(mine).values(settled=True))
         if freeze:
-            change_budget(connection, name, *charged_so_far(connection, name), freeze, None, core.clock())
+            budget = budget_of(connection, name)
+            change_budget(connection, name, budget.charged()[0], budget.delta, freeze, None, core.clock())
 
 
 # ---- 5: blobs ----

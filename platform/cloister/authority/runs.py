@@ -20,7 +20,9 @@ from cloister.authority.data import load as load_dataset
 from cloister.authority.data import require_live, unit_of
 from cloister.authority.identity import add_identity
 from cloister.authority.key_use import MODELS, model_key_context
-from cloister.authority.ledger import affordable, budget_state
+from cloister.authority.ledger import Budget, Cost, budget_of
+from cloister.authority.overlap import Overlap
+from cloister.authority.populations import described, ledger_of
 from cloister.canonical import canonical_json, sha256_hex
 from cloister.datasets.manifest import DatasetManifest, parse_reference
 from cloister.datasets.schema import Column, DatasetSchema
@@ -35,9 +37,10 @@ from cloister.stores.tables import runs
 class Runs:
     """Plans runs, accepts them, and shows them."""
 
-    def __init__(self, core: Core, approvals: Approvals) -> None:
+    def __init__(self, core: Core, approvals: Approvals, overlap: Overlap) -> None:
         self._core = core
         self._approvals = approvals
+        self._overlap = overlap
 
     def plan(self, caller: Caller, spec_value: dict[str, Any]) -> dict[str, Any]:
         """What a run would cost. Reads the manifest's public facts, never data."""
@@ -47,15 +50,18 @@ class Runs:
             resource = act.resource
         plan = plan_for(spec, manifest)
         with self._core.database.reading() as connection:
-            budget = budget_state(connection, manifest.name)
+            budget = budget_of(connection, ledger_of(connection, row))
+            shown = described(connection, row)
+        after = budget.after(Cost.of_plan(plan))
+        most = Cost.of_steps(plan.to_dict(), plan.steps + plan.redo_steps)
         schema = DatasetSchema.from_mapping(manifest.dataset_schema)
         evaluation = plan.evaluation(len(schema.column(spec.label).values or ()), manifest.published_rows("holdout"))
         return {
             "spec": spec.to_dict(),
             "plan": plan.to_dict(),
-            "budget_before": budget["epsilon_left"],
-            "budget_after": budget["epsilon_left"] - plan.epsilon,
-            "affordable": affordable(budget, plan.epsilon, plan.delta),
+            "budget": shown | {"before": budget.to_dict(), "after": after.to_dict()},
+            "affordable": after.holds() and shown["joined"],
+            "affordable_at_most": budget.after(most).holds(),
             "approvals": self._approvals_needed(resource),
             "owner": row.owner,
             "holdout_rows": evaluation.rows,
@@ -78,13 +84,15 @@ class Runs:
         run = run_name(public_key.encode())
         with self._core.action(caller, "train:submit", run=run, epsilon=plan.epsilon, code=code_digest[:80]) as act:
             _, dataset = self.manifest(act, spec)
-            _require_budget(budget_state(act.connection, manifest.name), plan)
+            ledger = self._overlap.require(act, dataset)
+            cost = Cost.of_plan(plan)
+            _require_budget(budget_of(act.connection, ledger), cost, manifest)
             approval = self._approve(act, spec, plan, dataset, code_digest)
             now = self._core.clock()
             # First: it refuses a key that has had a run.
             add_identity(act.connection, run, ["run"], public_key, caller.name, now, kind="run")
             (model_key,) = act.keys.wrap(MODELS, [(new_key(), model_key_context(run))])
-            with ledger_seals.changing(act, manifest.name):
+            with ledger_seals.changing(act, ledger):
                 act.connection.execute(
                     insert(runs).values(
                         id=run,
@@ -104,8 +112,8 @@ class Runs:
                         resume_from=0,
                         position=0,
                         settled=False,
-                        epsilon_charged=plan.epsilon,
-                        delta_charged=plan.delta,
+                        ledger=ledger,
+                        **cost.columns(),
                         model_key=model_key,
                         flags=[],
                         created=now,
@@ -184,12 +192,26 @@ def _attributes(resource: Resource | None) -> dict[str, Any]:
     return {name: known[name] for name in ("owner", "region", "purpose", "class")}
 
 
-def _require_budget(budget: dict[str, Any], plan: PrivacyPlan) -> None:
-    if not affordable(budget, plan.epsilon, plan.delta):
+def _require_budget(budget: Budget, cost: Cost, manifest: DatasetManifest) -> None:
+    name = manifest.name
+    if budget.delta >= 1 / (manifest.most_rows("train") + manifest.most_rows("holdout")):
         raise BudgetError(
-            f"this run needs epsilon {plan.epsilon:g}, delta {plan.delta:g}; {budget['dataset']} has epsilon "
-            f"{budget['epsilon_left']:.3f}, delta {budget['delta_left']:g} left",
-            f"lower privacy.epsilon in the spec, or ask the owner: cloister budget set {budget['dataset']}",
+            f"{name} has grown: the delta of its budget, {budget.delta:g}, protects none of its rows any more",
+            f"ask the owner for a smaller delta: cloister budget set {name}",
+        )
+    after = budget.after(cost)
+    if not after.holds():
+        together, _ = after.charged()
+        hint = f"lower privacy.epsilon in the spec, or ask the owner: cloister budget set {name}"
+        if cost.epsilon <= budget.epsilon < together and not budget.spent.epsilon:
+            hint = (
+                f"lower privacy.delta to {budget.delta_of_each_rule:g}, half of the budget's: the other half is for "
+                f"several runs together; or ask the owner: cloister budget set {name}"
+            )
+        raise BudgetError(
+            f"with this run, epsilon {cost.epsilon:g} by itself, {name} would come to epsilon "
+            f"{together:.3f}, and its budget is {budget.epsilon:g} at delta {budget.delta:g}",
+            hint,
         )
 
 

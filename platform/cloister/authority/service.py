@@ -30,6 +30,7 @@ from cloister.authority.lifecycle import Lifecycle
 from cloister.authority.log import Log
 from cloister.authority.models import Models
 from cloister.authority.nodes import LIFETIME, Nodes
+from cloister.authority.overlap import Overlap
 from cloister.authority.policies import Policies
 from cloister.authority.registration import Registration
 from cloister.authority.retention import DEFAULT_INTERVAL_S, Retention
@@ -105,12 +106,13 @@ class Authority:
         self.approvals = Approvals(self.core, required or Required())
         self.access = Access(self.core, self.approvals)
         self.policies = Policies(self.core, self.approvals)
-        self.datasets = Datasets(self.core, self.approvals, self.stores)
+        overlap = Overlap(self.approvals)
+        self.datasets = Datasets(self.core, self.approvals, overlap, self.stores)
         self.shredding = Shredding(self.core, self.custody, self.stores)
         self.lifecycle = Lifecycle(self.core, self.approvals, self.custody, self.shredding)
-        self.registration = Registration(self.core, receiving, self.stores, self.lifecycle, self.shredding)
+        self.registration = Registration(self.core, receiving, self.stores, self.lifecycle, self.shredding, overlap)
         self.retention = Retention(self.lifecycle, self.shredding, retention_check_s)
-        self.runs = Runs(self.core, self.approvals)
+        self.runs = Runs(self.core, self.approvals, overlap)
         self.attempts = Attempts(self.core, self.stores)
         self.ends = Ends(self.core, self.runs)
         self.models = Models(self.core, self.approvals, self.stores)

@@ -74,7 +74,16 @@ def seal(
     output.facts({"files": f"{shown['files']}, one key each ({', '.join(shown['classes'])})",
                   "bytes": f"{shown['bytes']:,} encrypted", "digest": shown["digest"]})  # fmt: skip
     output.say("Protected now: the sealed copy opens only in a worker with a lease. Your own file is as it was.")
-    output.say(f"Next: cloister budget set {schema.name} --epsilon 6 --delta 2e-5")
+    population = shown["population"] or {}  # none if the answer was lost
+    if together := population.get("shared_with"):
+        output.say(f"It shares one privacy budget with {', '.join(together)}.")
+    if population.get("approval"):
+        output.say(f"Asked before it is trained on: {population['question']}")
+        output.say(f"Next: a security officer answers: cloister approvals show {population['approval']}")
+    elif together:
+        output.say(f"Next: cloister budget show {schema.name}")
+    else:
+        output.say(f"Next: cloister budget set {schema.name} --epsilon 6 --delta 2.5e-5")
 
 
 @data.command()

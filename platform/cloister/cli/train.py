@@ -62,7 +62,7 @@ def plan(context: Context, spec: Path) -> None:
                       f"the accuracy by up to about {_noise(shown)}",
         "noise multiplier": p["noise_multiplier"],
         "steps": f"{p['steps']} at sample rate {p['sample_rate']:.5f}, clipping norm {p['max_grad_norm']:g}",
-        "budget": f"epsilon {shown['budget_before']:.3f} before, {shown['budget_after']:.3f} after",
+        "budget": _budget(shown),
         "verdict": _verdict(shown),
         "approvals": approvals,
     })  # fmt: skip
@@ -269,11 +269,21 @@ def about(shown: dict[str, Any], since_s: float) -> float:
 
 
 def _verdict(shown: dict[str, Any]) -> str:
-    plan = shown["plan"]
+    if not shown["budget"]["joined"]:
+        return "it has no budget before somebody has answered whose rows these are: cloister approvals list"
     if not shown["affordable"]:
         return "the budget does not pay for it"
-    whole = plan["epsilon_at_most"] - plan["epsilon"] <= shown["budget_after"]
-    return "the budget pays for it" + ("" if whole else ", but not for all of the steps that may have to be run again")
+    return "the budget pays for it" + (
+        "" if shown["affordable_at_most"] else ", but not for all of the steps that may have to be run again"
+    )
+
+
+def _budget(shown: dict[str, Any]) -> str:
+    """What is left of it before and after; and how little this run adds, where a filter counts several together."""
+    before, after = shown["budget"]["before"], shown["budget"]["after"]
+    said = f"epsilon {before['epsilon_left']:.3f} left before, {after['epsilon_left']:.3f} after"
+    adds = after["epsilon_charged"] - before["epsilon_charged"]
+    return said + (f"; beside the runs before, this one adds {adds:.3f}" if after["rule"] == "renyi" else "")
 
 
 def _steps(shown: dict[str, Any]) -> str:

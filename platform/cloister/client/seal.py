@@ -201,15 +201,16 @@ def _seal(
 def _register(
     client: AuthorityClient, private_key_pem: bytes, manifest: DatasetManifest, upload: Upload, receiving_key: bytes
 ) -> dict[str, Any]:
+    population = None
     try:
-        register(client, private_key_pem, manifest, upload.keys, receiving_key)  # 8
+        population = register(client, private_key_pem, manifest, upload.keys, receiving_key)["population"]  # 8
     except CloisterError as error:
         if not was_lost(error):
             upload.discard()
             raise
         if not _is_registered(client, manifest):
             raise
-    return _summary(manifest, upload.files)
+    return _summary(manifest, upload.files) | {"population": population}
 
 
 def was_lost(error: CloisterError) -> bool:

@@ -158,6 +158,8 @@ class DatasetSchema(BaseModel):
     region: StrictStr = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")
     retention: StrictStr = Field(min_length=1, max_length=30)
     """How long a version is kept from its sealing on, as an ISO 8601 duration such as P5Y or P18M."""
+    population: Annotated[StrictStr, Field(pattern=r"^[a-z][a-z0-9-]{0,62}$")] | None = None
+    """Whose rows these are, where that is not `default`. Datasets of one owner, population and unit share a budget."""
     unit: Literal["row"] | Unit = "row"
     columns: tuple[Column, ...] = Field(min_length=1, max_length=10_000)
 

@@ -8,8 +8,9 @@ been released so far. Each step of a run is a release; so is an evaluation. Rele
 Rényi divergence of order a in both directions, whatever was released before. It is fixed before the release is made,
 and may be chosen from all earlier ones. R(a) is the sum of the curves so far.
   1. For each order, exp((a-1)·(L - R(a))) is a nonnegative supermartingale under P that starts at 1 (Feldman and Zrnic,
-     arXiv 2008.11193). So is M, the average of these over all orders with the weights `WEIGHTS`. The weights are in the
-     code: they depend on no budget and no history. No order is chosen afterwards, so no union bound is needed.
+     arXiv 2008.11193). So is M, the average of these over all orders with fixed weights. Most of them are near one
+     order, which is chosen with a budget, before its first release (`order_for`), and stays: no weight depends on what
+     was released, and no order is chosen afterwards, so no union bound is needed.
   2. `epsilon` is the least e >= 0 with max(0, 1 - exp(e - L)) <= delta·M for every real L. A ledger makes a
      release only if this e, with it in R, is at most its budget. Then E_P[max(0, 1 - exp(budget - L))] <= delta·E_P[M]
      <= delta, whenever it stops. With P and Q exchanged the same holds, so all of it is (budget, delta)-DP.
@@ -42,15 +43,15 @@ from cloister.privacy.plan import PrivacyPlan
 
 ORDERS: tuple[int, ...] = (*range(2, 11), 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128, 192, 256, 512)
 """Whole orders of Rényi divergences, ascending."""
-WEIGHTS: tuple[float, ...] = tuple(order**-0.5 / sum((1 + 1e-15) * each**-0.5 for each in ORDERS) for order in ORDERS)
-"""Of the orders in the filter: in proportion to 1/√a. They sum to at most 1."""
+DEFAULT_ORDER = 6
+"""The one that weighs the most where nobody has chosen."""
 Curve = tuple[float, ...]
 """An upper bound on the Rényi divergence at each of `ORDERS`; infinity is allowed."""
 
 Floats = npt.NDArray[np.float64]
 
 _A = np.array(ORDERS, dtype=np.float64)
-_LOG_WEIGHTS = np.log(np.array(WEIGHTS))
+_NEAR, _FALL = 7 / 8, 5.0  # the weight of the orders near the chosen one, and how it falls from each to the next
 _REMEMBERED = 1024  # mechanisms
 _ROUNDING = 1e-13  # of one step: logarithms of sums near 1
 _RELATIVE = 1e-12
@@ -89,11 +90,30 @@ def total(curves: Iterable[Curve]) -> Curve:
     return tuple(_up(math.fsum(values)) for values in zip((0.0,) * len(ORDERS), *checked, strict=True))
 
 
-def epsilon(total: Curve, delta: float) -> float:
+def order_for(epsilon: float, delta: float) -> int:
+    """The order by which a budget buys the most releases whose divergences ascend in proportion to the order, as those
+    of Gaussian noise do.
+
+    Raises:
+        ValueError: delta is not between 0 and 1.
+    """
+    _check_delta(delta)
+    room = epsilon - np.log1p(-1 / _A) + (math.log(delta) + np.log(_A)) / (_A - 1)
+    return ORDERS[int(np.argmax(room / _A))]
+
+
+@functools.cache
+def weights(order: int) -> tuple[float, ...]:
+    """Of the orders in a filter, most of them near this one. They sum to at most 1."""
+    near = _FALL ** -np.abs(np.arange(len(ORDERS)) - ORDERS.index(order))
+    return tuple((_NEAR * near / near.sum() + (1 - _NEAR) / len(ORDERS)) * (1 - 1e-15))
+
+
+def epsilon(total: Curve, delta: float, order: int = DEFAULT_ORDER) -> float:
     """The filter's epsilon of all releases whose curves add up to `total`. Never understated; 0 if all are 0.
 
     Raises:
-        ValueError: no curve, or delta is not between 0 and 1.
+        ValueError: no curve, an order that is not one of `ORDERS`, or delta is not between 0 and 1.
     """
     curve = np.array(_checked(total))
     _check_delta(delta)
@@ -102,7 +122,7 @@ def epsilon(total: Curve, delta: float) -> float:
     use = curve < _UNBOUNDED
     if not use.any():
         return math.inf
-    less, log_m = _A[use] - 1, _LOG_WEIGHTS[use] + math.log(delta) - (_A[use] - 1) * curve[use]  # at L = 0
+    less, log_m = _A[use] - 1, np.log(weights(order))[use] + math.log(delta) - (_A[use] - 1) * curve[use]  # at L = 0
     slope = log_m + np.log(_A[use])
 
     def exceeds(at: float) -> tuple[float, float]:  # delta·(M + M'), its logarithm and the derivative of that
@@ -131,13 +151,13 @@ def epsilon(total: Curve, delta: float) -> float:
     return max(0.0, at_most + 10 * _RELATIVE * max(1.0, abs(high)))
 
 
-def within(total: Curve, epsilon: float, delta: float) -> bool:
+def within(total: Curve, epsilon: float, delta: float, order: int = DEFAULT_ORDER) -> bool:
     """Whether a budget of this epsilon and delta pays for all releases whose curves add up to `total`.
 
     Raises:
-        ValueError: no curve, or delta is not between 0 and 1.
+        ValueError: as `epsilon`.
     """
-    return _filter(total, delta) <= epsilon
+    return _filter(total, delta, order) <= epsilon
 
 
 def epsilon_of_one(curve: Curve, delta: float) -> float:

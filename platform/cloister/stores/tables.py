@@ -186,19 +186,42 @@ deletions = Table(
     Column("erasure", String, nullable=False, index=True),
 )
 
+# One for each owner, population and unit. A dataset of before there were populations has a ledger of its own, by its
+# own name, and that has no population. Others have a random name: the log has it, and the log names nobody.
+ledgers = Table(
+    "ledgers",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("owner", String, nullable=False, index=True),
+    Column("population", String),
+    Column("unit", String, nullable=False),  # its column; empty where it is a row
+    UniqueConstraint("owner", "population", "unit"),
+)
+
+# Which datasets spend from which ledger, and the approval that it took where their owner has others.
+ledger_members = Table(
+    "ledger_members",
+    metadata,
+    Column("ledger", String, primary_key=True),
+    Column("dataset", String, primary_key=True, index=True),
+    Column("approval", String),
+)
+
 budgets = Table(
     "budgets",
     metadata,
-    Column("dataset", String, primary_key=True),
+    Column("ledger", String, primary_key=True),
     Column("epsilon", Float, nullable=False),
     Column("delta", Float, nullable=False),
+    # The order that weighs the most in the filter over its runs: fixed with the first budget, before there is a run.
+    Column("order", Integer),
 )
 
-# Who changed a dataset's budget, from what to what, with which approval.
+# Who changed a ledger's budget, from what to what, with which approval.
 budget_changes = Table(
     "budget_changes",
     metadata,
-    Column("dataset", String, primary_key=True),
+    Column("ledger", String, primary_key=True),
     Column("number", Integer, primary_key=True, autoincrement=False),
     Column("person", String, nullable=False),
     Column("epsilon_before", Float, nullable=False),
@@ -209,12 +232,12 @@ budget_changes = Table(
     Column("created", Float, nullable=False),
 )
 
-# The digest of a dataset's ledger (its budget, and the ledger's columns of its runs), sealed by the key service with
-# each change. `counter` is how many there were; 0, with an empty seal, in a state of before there were seals.
+# The digest of a ledger (its datasets, its budget, and the ledger's columns of its runs), sealed by the key service
+# with each change. `counter` is how many there were; 0, with an empty seal, in a state of before there were seals.
 ledger_seals = Table(
     "ledger_seals",
     metadata,
-    Column("dataset", String, primary_key=True),
+    Column("ledger", String, primary_key=True),
     Column("counter", Integer, nullable=False),
     Column("seal", LargeBinary, nullable=False),
 )
@@ -242,9 +265,12 @@ runs = Table(
     Column("resume_from", Integer, nullable=False),
     Column("position", Integer, nullable=False),
     Column("checkpoint", JSON),  # the newest: step, blob, sha256
-    # The ledger's columns: what this run holds of the dataset's budget, now and for good.
+    # The ledger's columns: what this run holds of which budget, now and for good; and its Rényi divergences at
+    # `privacy.renyi.ORDERS`, which runs of before there was a filter have not.
+    Column("ledger", String, nullable=False, index=True),
     Column("epsilon_charged", Float, nullable=False),
     Column("delta_charged", Float, nullable=False),
+    Column("renyi_charged", JSON),
     # Whether what was not used is given back: by a signed end only, which is kept.
     Column("settled", Boolean, nullable=False),
     Column("run_end", JSON),
