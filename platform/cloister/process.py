@@ -152,7 +152,13 @@ class Daemon:
 def _birth(pid: int) -> str:
     """When a process began, in ticks of this boot: no step of the clock changes it, as it would a time of day."""
     ticks = int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])  # proc(5): field 22, starttime
-    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {ticks}"
+    return f"{since_boot()[0]} {ticks}"
+
+
+def since_boot() -> tuple[str, float]:
+    """Which boot of this machine it is, and its age in seconds. All processes see the same; no step of the clock does
+    anything to it."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip(), time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def describe(error: BaseException) -> dict[str, Any]:

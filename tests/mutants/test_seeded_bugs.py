@@ -197,6 +197,11 @@ BUGS = (
         "                    mine = runs.c.id == run\n"
         "                    act.connection.execute(update(runs).where(mine).values(epsilon_charged=0.0))\n",
         ATTEMPTS, "stops_a_run"),
+    Bug("a run that has begun is charged nothing when it is stopped", "authority/ends.py",
+        "return not (row.settled or row.attempt or row.steps_committed or leased)", "return not row.settled",
+        ATTEMPTS, "exactly_one or began_and"),
+    Bug("a step of the clock ends what is about to begin", "authority/ends.py", "if now - since >= CERTAIN_S)",
+        "if now - since >= 0)", ATTEMPTS, "step_of_the_clock"),
     Bug("an evaluation of rows as they come", "privacy/rowwise.py", "rounded_up(len(x_BD), self._step)", "len(x_BD)",
         EVALUATION, "were_tried"),
     Bug("one draw of noise for all cells", "privacy/evaluation.py",

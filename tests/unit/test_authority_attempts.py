@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -23,11 +28,13 @@ from authority_world import (
     training_spec,
 )
 from cloister.authority import ledger_seals
-from cloister.authority.core import PLATFORM
+from cloister.authority.core import PLATFORM, Caller
 from cloister.authority.costs import settle
+from cloister.authority.ends import CERTAIN_S, UNSTARTED_S
 from cloister.authority.maintenance import recorded_blobs
 from cloister.canonical import b64, unb64
 from cloister.errors import CloisterError, InputError, IntegrityError
+from cloister.privacy import renyi
 from cloister.privacy.plan import BLOCK_STEPS, PrivacyPlan
 from cloister.privacy.spec import TrainingSpec
 from cloister.sealing import purposes
@@ -445,10 +452,203 @@ def test_the_signed_end_is_kept_for_whoever_asks(world: World) -> None:
 
 def test_a_run_that_never_began_gives_back_everything_once_it_says_so(world: World) -> None:
     run = world.submit()
-    world.post("ed", f"/v1/runs/{run}/stop")
-    assert charged(world) == EPSILON
     world.end(run, "stopped")
     assert (charged(world), world.budget()["delta_added"]) == (0.0, 0.0)
+
+
+def test_a_lost_submission_holds_nothing_once_anybody_stops_it(world: World) -> None:
+    run = world.submit()
+    with world.recorded("operator", "run:stop"):  # whoever submitted it is gone, and the run's key with them
+        now = world.post("operator", f"/v1/runs/{run}/stop")
+    assert (now["state"], now["settled"], now["epsilon_charged"]) == ("stopped", True, 0.0)
+    assert (charged(world), world.budget()["delta_added"]) == (0.0, 0.0)
+    assert refused(world, run, "attempts", attempt_body()) == "ConflictError"
+    with world.still():
+        assert world.refused(409, "ed", "POST", f"/v1/runs/{run}/resume") == "ConflictError"
+    with world.still("success"):
+        world.end(run)
+
+
+@pytest.mark.parametrize("begun", ["opened", "leased"])
+def test_a_run_that_began_and_committed_nothing_holds_all_until_it_says_so(world: World, begun: str) -> None:
+    run = world.submit()
+    world.attempt(run) if begun == "opened" else world.lease(run)
+    world.post("operator", f"/v1/runs/{run}/stop")
+    assert (shown(world, run)["settled"], charged(world)) == (False, EPSILON)
+    after_a_week(world)
+    assert (shown(world, run)["settled"], charged(world)) == (False, EPSILON)
+
+
+def test_a_run_is_stopped_also_where_its_ledger_was_edited(world: World) -> None:
+    run = world.submit()
+    with world.authority.core.database.transaction() as connection:
+        connection.execute(update(runs).where(runs.c.id == run).values(epsilon_charged=2.0))
+    with world.recorded("ed", "run:stop"):
+        world.post("ed", f"/v1/runs/{run}/stop")
+    assert (shown(world, run)["state"], charged(world)) == ("stopped", 2.0)
+    assert refused(world, run, "attempts", attempt_body()) == "ConflictError"
+
+
+def test_of_an_attempt_and_a_stop_at_once_exactly_one_wins(world: World) -> None:
+    world.set_budget(100.0, 1e-3)
+    ed, stopped_first = world.caller("ed"), 0
+    for number in range(12):
+        run = world.submit()
+        caller, barrier = world.caller(run), Barrier(2)
+
+        def opened(run: str = run, caller: Caller = caller, barrier: Barrier = barrier) -> bool:
+            barrier.wait()
+            try:
+                world.authority.attempts.open(caller, run, 2, CODE)
+            except CloisterError:
+                return False
+            return True
+
+        def stopped(run: str = run, barrier: Barrier = barrier, late: float = number % 3 / 100) -> bool:
+            barrier.wait()
+            time.sleep(late)
+            return bool(world.authority.ends.stop(ed, run)["settled"])
+
+        with ThreadPoolExecutor(2) as pool:
+            both = [pool.submit(opened), pool.submit(stopped)]
+            has_begun, is_settled = [each.result() for each in both]
+        assert has_begun != is_settled
+        now = shown(world, run)
+        assert (now["state"], now["epsilon_charged"]) == ("stopped", 0.0 if is_settled else EPSILON)
+        stopped_first += is_settled
+    assert charged(world) == EPSILON * (12 - stopped_first)
+
+
+def test_submitting_resuming_and_settling_lock_each_other_out(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After any order of them: what is charged is the sum of what each was told, and within the budget."""
+    costly = (math.inf,) * len(renyi.ORDERS)  # no filter lets more pass than what adds up
+    monkeypatch.setattr("cloister.authority.ledger.curve", lambda _plan, _steps: costly)
+    world.set_budget(100.0, 1e-3)
+    ends, failed = world.authority.ends, killed(world)
+    world.end(failed)
+    plan = shown(world, failed)["plan"]
+    ended, resumed, after_three = (settle(plan, steps)[0] for steps in (8, 13, 3))
+    ed, before = world.caller("ed"), 0.0
+    for each in range(4):
+        training = killed(world, committed=3, at=None)
+        caller, said = world.caller(training), world.end_body(training)
+        bodies = [submission(world, f"model-{each}-{number}") for number in range(2)]
+        # Once the run that trains is settled, there is room for another, or for the one that goes on: not for both.
+        budget = before + ended + after_three + EPSILON + 0.01
+        world.set_budget(budget, 1e-3)
+
+        def submit(body: dict[str, Any]) -> str:
+            return str(world.authority.runs.submit(ed, body["spec"], body["code_digest"], body["public_key"])["run"])
+
+        def resume(late: float) -> None:
+            time.sleep(late)
+            ends.resume(ed, failed)
+
+        acts: list[Callable[[], Any]] = [partial(submit, body) for body in bodies]
+        acts += [partial(resume, (3 - each) / 40)] * 2  # who is first differs
+        acts += [partial(ends.end, caller, training, said["envelope"], None)] * 2
+        barrier = Barrier(len(acts))
+
+        def done(act: Callable[[], Any], barrier: Barrier = barrier) -> bool:
+            barrier.wait()
+            try:
+                act()
+            except CloisterError:
+                return False
+            return True
+
+        with ThreadPoolExecutor(len(acts)) as pool:
+            answers = list(pool.map(done, acts))
+        submits, resumes, settles = (answers[start : start + 2] for start in (0, 2, 4))
+        assert (settles, sum(submits) + sum(resumes) <= 1) == ([True, True], True)
+        before += after_three + EPSILON * sum(submits)
+        assert charged(world) == pytest.approx(before + (resumed if any(resumes) else ended))
+        assert charged(world) <= budget
+        world.set_budget(100.0, 1e-3)  # which asks for the ledger's seal
+        if any(resumes):
+            world.attempt(failed)
+            world.commit(failed, 5, 10)
+            break
+
+
+def submission(world: World, name: str) -> dict[str, Any]:
+    """A run that is approved, to be submitted."""
+    body = {"spec": training_spec(name=name), "code_digest": CODE, "public_key": Person("new", []).public}
+    assert world.vote("rita", world.missing(world.ask("ed", "POST", "/v1/runs", body))).status_code == 200
+    return body
+
+
+def after_a_week(world: World) -> list[str]:
+    """What the authority ends by itself once it has known for an hour that the week is over."""
+    ends, now = world.authority.ends, time.monotonic()
+    world.clock.offset = UNSTARTED_S + 60
+    try:
+        with pytest.MonkeyPatch.context() as patched:
+            ends.expire()
+            patched.setattr(ends, "_steady", lambda: now + CERTAIN_S + 60)
+            return ends.expire()
+    finally:
+        world.clock.offset = 0.0
+
+
+def test_a_run_that_does_not_begin_within_a_week_is_ended_and_charged_nothing(world: World) -> None:
+    lost, begun, stopped = world.submit(), world.submit(), world.submit()
+    world.attempt(begun)
+    world.post("ed", f"/v1/runs/{stopped}/stop")
+    held = charged(world)
+    size = len(world.log())
+    assert after_a_week(world) == [lost]
+    (entry,) = world.log()[size:]
+    assert (entry.actor, entry.action, entry.resource, entry.rule) == (
+        "authority",
+        "run:expire",
+        f"Run/{lost}",
+        "itself",
+    )
+    assert (entry.details["epsilon_charged"], entry.details["steps"]) == (0.0, 0)
+    now = shown(world, lost)
+    assert (now["state"], now["settled"], now["epsilon_charged"]) == ("failed", True, 0.0)
+    assert "within a week" in now["error"]["error"]
+    assert charged(world) == held - EPSILON
+    assert refused(world, lost, "attempts", attempt_body()) == "ConflictError"
+    with world.still(None, 0):
+        assert after_a_week(world) == []
+
+
+def test_the_schedule_ends_what_never_began_whatever_else_fails(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(world.authority.ends, "expire", lambda: asked.append("expire"))
+    monkeypatch.setattr(world.authority.lifecycle, "expire_due", lambda: 1 / 0)
+    monkeypatch.setattr(world.authority.shredding, "settle", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        world.authority.retention.once()
+    assert asked == ["expire"]
+
+
+def test_no_step_of_the_clock_ends_a_run_that_is_about_to_begin(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, ends, now = world.submit(), world.authority.ends, time.monotonic()
+    day = 24 * 3600.0
+    for hours, step in enumerate((day, UNSTARTED_S + day, 0.0, -day, UNSTARTED_S + day, day, UNSTARTED_S + day)):
+        world.clock.offset = step
+        monkeypatch.setattr(ends, "_steady", lambda hours=hours: now + 3600.0 * hours)
+        assert ends.expire() == []
+    world.clock.offset = 0.0
+    assert world.attempt(run)["attempt"] == 1
+
+
+def test_a_run_that_begins_while_it_is_looked_at_goes_on(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, core = world.submit(), world.authority.core
+    caller, of_itself = world.caller(run), core.of_itself
+
+    def late(action: str) -> Any:
+        world.authority.attempts.open(caller, run, 2, CODE)
+        return of_itself(action)
+
+    monkeypatch.setattr(core, "of_itself", late)
+    assert after_a_week(world) == []
+    now = shown(world, run)
+    assert (now["state"], now["attempt"], now["epsilon_charged"]) == ("training", 1, EPSILON)
+    assert not [entry for entry in world.log() if entry.action == "run:expire"]
 
 
 def test_what_is_made_for_training_is_what_the_authority_takes(world: World) -> None:

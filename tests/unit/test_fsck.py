@@ -16,11 +16,13 @@ from cloister.authority.fsck import Report
 from cloister.authority.key_use import dataset_key
 from cloister.authority.maintenance import Parts
 from cloister.errors import PermissionDeniedError
+from cloister.process import since_boot
 from cloister.stores.blobs import Stores
 from cloister.stores.keys import EmbeddedKeys
 from cloister.stores.tables import data_keys, datasets, deletions, erasures, log_entries, models
 
 HOURS_S = 2 * 3600
+DAY_S = 24 * 3600
 
 
 def parts_of(world: World) -> Parts:
@@ -34,6 +36,12 @@ def look(world: World, **options: Any) -> Report:
 
 def mend(world: World, report: Report) -> None:
     fsck.repair(parts_of(world), world.authority.core.database, world.caller("operator"), report)
+
+
+def later(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """So long after now, by the clock that nobody sets."""
+    boot, now = since_boot()
+    monkeypatch.setattr(fsck, "since_boot", lambda: (boot, now + seconds))
 
 
 def blob(world: World, name: str = "train-000.confidential") -> Path:
@@ -164,23 +172,29 @@ def test_quick_reads_no_file(trained: World) -> None:
     assert not look(trained, quick=True).clean
 
 
-def test_what_is_left_over_is_removed_once_it_is_old(trained: World) -> None:
+def test_what_is_left_over_is_removed_once_it_has_lain_for_an_hour(
+    trained: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = trained.directory / "blobs"
     (store / "datasets/adult/0123").mkdir()
     left = [store / "datasets/adult/0123/train-000.public.parquet", store / "models/.half.0123456789abcdef",
             trained.directory / ".settings.json.0123456789abcdef"]  # fmt: skip
     for file in left:
         file.write_bytes(b"ciphertext")
-    assert look(trained).clean, "a seal may be under way"
+    for file in left[:2]:
+        os.utime(file, (0, 0))  # its own time says nothing
+    report = look(trained)
+    assert report.clean, "a seal may be under way"
+    assert "look again in an hour" in report.findings[-1].problem
     report = look(trained, young=True)
     assert sorted(finding.kind for finding in report.findings) == ["repairable", "repairable"]
-    for file in left:
-        os.utime(file, (trained.clock() - HOURS_S,) * 2)
+    assert look(trained).clean, "it was seen just now"
+    later(monkeypatch, HOURS_S)
     young = left[0].with_name("train-001.public.parquet")
     young.write_bytes(b"still coming")  # in the same folder: a seal that takes long
     report = look(trained)
     assert {path for _, path in report.orphans} == {"models/.half.0123456789abcdef"}
-    os.utime(young, (trained.clock() - HOURS_S,) * 2)
+    later(monkeypatch, 2 * HOURS_S)
     files = {path for path in store.rglob("*") if path.is_file()}
     size = len(trained.log())
     mend(trained, look(trained))
@@ -189,6 +203,35 @@ def test_what_is_left_over_is_removed_once_it_is_old(trained: World) -> None:
     said = [(entry.actor, entry.details.get("phase"), entry.details.get("orphans")) for entry in trained.log()[size:]]
     assert said[1:] == [("operator", "intent", 3), ("operator", "outcome", 3)]
     assert look(trained).findings == []
+
+
+def test_no_step_of_the_clock_makes_an_upload_left_over(trained: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = trained.directory / "blobs/datasets/adult/0123"
+    folder.mkdir()
+    for number, step in enumerate((0, DAY_S, -DAY_S, DAY_S, 0)):
+        trained.clock.offset = step
+        for file in (
+            folder / f"train-{number:03}.public.parquet",
+            trained.directory / ".settings.json.0123456789abcdef",
+        ):
+            file.write_bytes(b"still coming")
+            os.utime(file, (trained.clock(),) * 2)
+        for _ in range(2):
+            report = look(trained)
+            assert (report.clean, report.orphans, report.temporaries) == (True, [], []), step
+            trained.clock.offset = 0.0
+        later(monkeypatch, HOURS_S * number)  # each time something came meanwhile
+
+
+def test_after_a_boot_nothing_has_been_seen_yet(trained: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    (trained.directory / "blobs/models/left").write_bytes(b"ciphertext")
+    assert look(trained).clean
+    monkeypatch.setattr(fsck, "since_boot", lambda: ("another boot", 1e9))
+    assert look(trained).clean
+    (trained.directory / fsck.SEEN_FILE).write_text("{")
+    assert look(trained).clean
+    monkeypatch.setattr(fsck, "since_boot", lambda: ("another boot", 1e9 + HOURS_S))
+    assert not look(trained).clean
 
 
 def test_what_an_erasure_left_to_do_is_done(world: World) -> None:

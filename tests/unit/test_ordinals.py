@@ -341,7 +341,7 @@ def test_the_noise_falls_about_in_proportion_to_the_rows_that_are_used() -> None
     ]  # fmt: skip
     ratio = plans[0].noise_multiplier / plans[1].noise_multiplier
     assert 3.2 < ratio < 4.8
-    noise = [plan.evaluation(2, 6000).noise_of_accuracy for plan in plans]
+    noise = [plan.evaluation(("no", "yes"), 6000).noise_of_accuracy for plan in plans]
     assert 3.5 < noise[0] / noise[1] < 4.5 or noise[0] == 1.0
 
 

@@ -101,7 +101,8 @@ class World:
         self.clock = Clock()
         self.authority = FakeAuthority(signed_release(), budget)
         self.source = Source(self.authority)
-        self.quota = Quota(self.source, block_size=block, clock=self.clock)
+        self.steady = Clock()
+        self.quota = Quota(self.source, block_size=block, clock=self.clock, steady=self.steady)
         self.pipeline = Pipeline(
             VERIFIED,
             verifier=TokenVerifier({"k1": MAKER.public}, issuer=ISSUER, audience=INFERENCE_AUDIENCE),
@@ -329,9 +330,24 @@ class TestQuota:
             with pytest.raises(QuotaExceededError):
                 world.pipeline.admit(f"Bearer {MAKER.token()}", MODEL)
             assert len(world.authority.asked) == asked == 2
-            world.clock.now += RECHECK_S
+            world.steady.now += RECHECK_S
             world.authority.budget = 10
             await world.ask()
+
+        asyncio.run(story())
+
+    def test_a_clock_that_is_set_back_prolongs_no_refusal(self) -> None:
+        world = World(budget=2)
+
+        async def story() -> None:
+            await world.ask()
+            for step in (86_400, -86_400, -86_400):
+                with pytest.raises(QuotaExceededError):
+                    await world.quota.take("dora", 2)
+                world.clock.now += step
+            world.steady.now += RECHECK_S
+            world.authority.budget = 10
+            await world.quota.take("dora", 2)
 
         asyncio.run(story())
 

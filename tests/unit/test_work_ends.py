@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from authority_world import CODE, STEPS, World
+from cloister.cli import train
 from cloister.client.authority import AuthorityClient
-from cloister.errors import ConflictError, InputError, UnavailableError
+from cloister.errors import CloisterError, ConflictError, InputError, UnavailableError
+from cloister.process import Daemon
 from cloister.signing import keys
-from cloister.training import worker
+from cloister.training import driver, worker
 from cloister.training.run import RunFolder
 from cloister.training.worker import BrokenGroupError, train_worker
 
@@ -79,6 +81,43 @@ def failing(error: BaseException) -> Callable[..., Any]:
         raise error
 
     return work
+
+
+def test_a_job_that_ray_does_not_take_leaves_nothing_held(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "token").write_text("secret")
+    cluster = SimpleNamespace(jobs_address="http://127.0.0.1:1", directory=tmp_path, environment=dict)
+    monkeypatch.setattr(driver, "no_core_dumps", lambda: None)
+    monkeypatch.setattr(driver.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(driver, "ray_cluster", lambda **_: contextlib.nullcontext(cluster))
+    monkeypatch.setattr(driver, "JobSubmissionClient", lambda *_, **__: Refusing())
+    (stage.folder.directory / "driver").mkdir()
+    assert driver.supervise(stage.folder.directory, submit=True) == 1
+    assert (stage.shown["state"], stage.shown["settled"], stage.shown["epsilon_charged"]) == ("failed", True, 0.0)
+    assert stage.world.budget()["epsilon_charged"] == 0.0
+
+
+class Refusing:
+    def submit_job(self, **_: Any) -> str:
+        raise RuntimeError("Ray has no room for it")
+
+
+def test_a_supervisor_that_does_not_start_leaves_nothing_held(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: Any, **__: Any) -> None:
+        raise OSError("no memory")
+
+    monkeypatch.setattr(Daemon, "start", no_memory)
+    with pytest.raises(OSError, match="no memory"):
+        train._start(stage.folder, hint="submit it again")
+    assert (stage.shown["state"], stage.shown["settled"], stage.shown["epsilon_charged"]) == ("failed", True, 0.0)
+
+
+@pytest.mark.parametrize("error", [CloisterError("the server answered 504"), KeyboardInterrupt()])
+def test_a_submission_whose_answer_did_not_come_leaves_nothing_held(stage: Stage, error: BaseException) -> None:
+    train._not_submitted(stage.folder, error)
+    assert (stage.shown["state"], stage.shown["settled"], stage.shown["epsilon_charged"]) == ("failed", True, 0.0)
+    assert stage.folder.directory.exists()
 
 
 def test_a_failure_of_ours_ends_the_run_by_its_own_signed_word_and_ray_hears_nothing(stage: Stage) -> None:
@@ -157,6 +196,7 @@ def test_the_end_of_a_finished_or_settled_run_changes_nothing(stage: Stage) -> N
 
 
 def test_a_stopped_run_says_stopped_and_only_then_is_its_epsilon_free(stage: Stage) -> None:
+    stage.world.attempt(stage.run)
     stage.world.post("ed", f"/v1/runs/{stage.run}/stop")
     assert (stage.shown["epsilon_charged"], stage.shown["settled"]) == (3.0, False)
     assert stage.folder.end(UnavailableError("its cluster is gone", ""))["state"] == "stopped"

@@ -237,7 +237,7 @@ def _shard_keys(act: Action, manifest: DatasetManifest, run: Any, rank: int) -> 
     wanted: set[PartName] = {column.sensitivity for column in (*features, label)}
     wanted.discard("restricted")
     schema = DatasetSchema.from_mapping(manifest.dataset_schema)
-    if PrivacyPlan.from_dict(run.plan).rows_per_unit < schema.rows_per_unit:
+    if PrivacyPlan.from_dict(run.plan).is_capped(schema.rows_per_unit):
         wanted.add(ORDINAL)
     refs = {file.ref for file in manifest.files if file.shard in mine and file.part in wanted}
     rows = keys_of(act.connection, manifest.name, refs)

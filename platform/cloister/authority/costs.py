@@ -36,7 +36,7 @@ def plan_for(spec: TrainingSpec, manifest: DatasetManifest) -> PrivacyPlan:
     """
     rows = manifest.published_rows("train")
     rows_per_unit = used_of_unit(spec, manifest)
-    labels = DatasetSchema.from_mapping(manifest.dataset_schema).column(spec.label).values or ()
+    labels, _ = manifest.evaluated(spec.label)
     if len(labels) > MOST_LABELS:
         raise InputError(
             f"{spec.label} has {len(labels):,} values, and a label at most {MOST_LABELS:,}", "choose another label"

@@ -3,8 +3,9 @@
 Guarantees: what is wrong is named, each thing by itself, and one broken part does not hide the others; every data key
 and model key is opened under its context (and not kept), every ledger is compared with its seal and with what the log
 says of it, every stored file with its digest, once; nothing is changed but by `repair`, which is on record, removes
-only what no version and no model lists, and finishes what earlier erasures have left to do. Memory grows with the
-number of files, not with their sizes.
+only what no version and no model lists, and finishes what earlier erasures have left to do. What may be of an upload
+under way is left alone, whatever time of day it is: to be left over, files have to lie unchanged between two checks an
+hour apart. Memory grows with the number of files, not with their sizes.
 
 Not guaranteed: that a blob decrypts (its digest is the one that its owner signed); that the log is the only one: ask
 its witnesses.
@@ -44,14 +45,18 @@ from cloister.datasets.manifest import MANIFEST_PREDICATE, DatasetManifest
 from cloister.errors import CloisterError, IntegrityError
 from cloister.models.manifest import MANIFEST_FILE
 from cloister.models.release import PROVENANCE_PREDICATE
+from cloister.process import since_boot
 from cloister.signing import dsse, oms
 from cloister.signing.keys import ed25519_public_from_pem, key_id, key_id_of
 from cloister.stores.blobs import Blobs
 from cloister.stores.database import Database
+from cloister.stores.files import write_json
 from cloister.stores.tables import data_keys, datasets, deletions, erasures, key_destructions, models, runs
 
 ORPHAN_AGE_S = 3600.0
-"""Younger files may be of a seal or a run that is under way: they are uploaded before they are registered."""
+"""How long files lie unchanged before they are left over. Others may be of a seal or a run that is under way: they are
+uploaded before they are registered."""
+SEEN_FILE = "fsck-seen.json"
 BATCH = 5_000
 TOPS = ("datasets", "models")
 Progress = Callable[[int, int], None]
@@ -98,7 +103,8 @@ def check(
     parts: Parts, database: Database, caller: Caller, *, quick: bool = False, young: bool = False,
     progress: Progress | None = None,
 ) -> Report:  # fmt: skip
-    """Look at everything. `quick` leaves out the digests of blobs; `young` counts new files as left over, too.
+    """Look at everything. `quick` leaves out the digests of blobs; `young` counts all that nothing lists as left over,
+    however new it is.
 
     Raises:
         PermissionDeniedError: the caller is no operator.
@@ -121,8 +127,11 @@ def check(
         _certificates(parts, connection, report)
         needed = list(recorded_blobs(connection))
         pending = {(row.region, row.path) for row in connection.execute(select(deletions)).all()}
-    _blobs(parts, needed, pending, report, quick=quick, young=young, progress=progress)
-    _temporaries(parts, report, young=young)
+    seen = None if young else _Seen(parts.directory / SEEN_FILE)
+    _blobs(parts, needed, pending, report, quick=quick, seen=seen, progress=progress)
+    _temporaries(parts, report, seen)
+    if seen:
+        seen.keep(report)
     return report
 
 
@@ -336,12 +345,46 @@ def _certificates(parts: Parts, connection: Connection, report: Report) -> None:
 # ---- blobs and temporaries ----
 
 
+class _Seen:
+    """What this check and those before it, within this boot, have seen of files that nothing lists, in `file`.
+
+    Neither the time of day nor a file's own time makes one old: a clock that was set would make all of them old. After
+    a boot the hour begins anew.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file, (self._boot, self._now) = file, since_boot()
+        self._before: dict[str, Any] = {}
+        self._seen: dict[str, Any] = {}
+        self._young = 0
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none, or damaged: all is new
+            known = json.loads(file.read_bytes())
+            if known["boot"] == self._boot:
+                self._before = dict(known["seen"])
+
+    def is_old(self, name: str, state: list[float]) -> bool:
+        """Whether what is called `name` was in this `state` an hour ago already, and at each check since."""
+        before = self._before.get(name)
+        since = float(before["since"]) if before and before["state"] == state else self._now
+        self._seen[name] = {"state": state, "since": since}
+        old = self._now - since > ORPHAN_AGE_S
+        self._young += not old
+        return old
+
+    def keep(self, report: Report) -> None:
+        """For the next check."""
+        if self._young:
+            report.note("blobs", f"{self._young} folders or half-written files may be of uploads under way: look again "
+                                 "in an hour")  # fmt: skip
+        with contextlib.suppress(OSError):  # a full disk: the next check sees them for the first time
+            write_json(self._file, {"boot": self._boot, "seen": self._seen})
+
+
 def _blobs(
     parts: Parts, needed: Sequence[Recorded], pending: set[tuple[str, str]], report: Report, *, quick: bool,
-    young: bool, progress: Progress | None,
+    seen: _Seen | None, progress: Progress | None,
 ) -> None:  # fmt: skip
     """Every blob that is needed is there, and is what it was; what else is there is left over."""
-    now = parts.clock()
     listings: dict[str, tuple[Blobs, dict[str, float]]] = {}
     for store in parts.stores.all():
         listings[store.url] = (store, {path: time for top in TOPS for path, time in store.list(top).items()})
@@ -363,16 +406,19 @@ def _blobs(
         report.left("blobs", f"{len(waiting)} files of what was erased are not deleted yet")
     kept = {blob.path for blob in needed} | waiting
     for store, listing in listings.values():
-        newest: dict[
-            str, float
-        ] = {}  # of each folder: what is still being uploaded is left alone, however long it takes
+        states: dict[str, list[float]] = {}  # of each folder: what is still being uploaded changes it
+        unlisted: dict[str, list[str]] = {}
         for path, time in listing.items():
             folder = path.rpartition("/")[0]
-            newest[folder] = max(time, newest.get(folder, 0.0))
+            count, newest = states.get(folder, (0, 0.0))
+            states[folder] = [count + 1, max(time, newest)]
+            if path not in kept:
+                unlisted.setdefault(folder, []).append(path)
         left = [
             path
-            for path in listing
-            if path not in kept and (young or now - newest[path.rpartition("/")[0]] > ORPHAN_AGE_S)
+            for folder, paths in unlisted.items()
+            if seen is None or seen.is_old(f"{store.url} {folder}", states[folder])
+            for path in paths
         ]
         report.orphans += [(store, path) for path in left]
         if left:
@@ -386,13 +432,13 @@ def _digest(store: Blobs, path: str) -> str:
     return digest.hexdigest()
 
 
-def _temporaries(parts: Parts, report: Report, *, young: bool) -> None:
+def _temporaries(parts: Parts, report: Report, seen: _Seen | None) -> None:
     """Half-written files in the authority's folder: what a killed writer left. None is ever read."""
-    now = parts.clock()
     for file in _half_written(parts.directory):
-        if young or now - file.stat().st_mtime > ORPHAN_AGE_S:
+        status, name = file.stat(), str(file.relative_to(parts.directory))
+        if seen is None or seen.is_old(name, [status.st_size, status.st_mtime]):
             report.temporaries.append(file)
-            report.left("folder", f"a half-written file: {file.relative_to(parts.directory)}")
+            report.left("folder", f"a half-written file: {name}")
     for kept in sorted(parts.directory.glob("replaced-*")):
         report.note("folder", f"{kept.name} is a state that was replaced: remove it when you need it no more")
 

@@ -25,7 +25,6 @@ from cloister.authority.runs import load as load_run
 from cloister.authority.runs import standing
 from cloister.canonical import b64, canonical_json, sha256_hex
 from cloister.datasets.manifest import DatasetManifest
-from cloister.datasets.schema import DatasetSchema
 from cloister.errors import ConflictError, InputError, IntegrityError, NotFoundError
 from cloister.models.manifest import MANIFEST_FILE, MODEL_FILE, ModelManifest
 from cloister.models.release import (
@@ -133,8 +132,8 @@ class Models:
     ) -> dict[str, Any]:  # fmt: skip
         """What a noisy histogram says, and what it is of."""
         manifest = DatasetManifest.parse(load_dataset(connection, run.dataset, run.version).manifest)
-        labels = DatasetSchema.from_mapping(manifest.dataset_schema).column(label).values or ()
-        evaluation = PrivacyPlan.from_dict(run.plan).evaluation(len(labels), manifest.published_rows("holdout"))
+        labels, rows = manifest.evaluated(label)
+        evaluation = PrivacyPlan.from_dict(run.plan).evaluation(labels, rows)
         if {len(bins) for sides in counts for bins in sides} != {evaluation.bins} or len(counts) != len(labels):
             raise InputError("this is no histogram of the run's evaluation", "register what the run's own code made")
         figures = evaluation.figures(np.array(counts, dtype=np.int64), labels)

@@ -1,4 +1,5 @@
-"""The authority's own schedule: ends what is due, and finishes what earlier erasures have left to do.
+"""The authority's own schedule: ends what is due, finishes what earlier erasures have left to do, and ends runs that
+never began.
 
 Guarantees: it starts with the authority and comes back every `interval_s` seconds whatever went wrong before; several
 authorities over one state do each other's work at most once.
@@ -6,9 +7,11 @@ authorities over one state do each other's work at most once.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 
+from cloister.authority.ends import Ends
 from cloister.authority.lifecycle import Lifecycle
 from cloister.authority.shredding import Shredding
 from cloister.errors import CloisterError
@@ -20,9 +23,10 @@ _log = logging.getLogger("cloister.authority")
 class Retention:
     """A thread, once started."""
 
-    def __init__(self, lifecycle: Lifecycle, shredding: Shredding, interval_s: float) -> None:
+    def __init__(self, lifecycle: Lifecycle, shredding: Shredding, ends: Ends, interval_s: float) -> None:
         self._lifecycle = lifecycle
         self._shredding = shredding
+        self._ends = ends
         self._interval_s = interval_s
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -39,10 +43,10 @@ class Retention:
 
     def once(self) -> list[str]:
         """Do what there is to do. Returns the erasures that it made."""
-        try:
+        with contextlib.ExitStack() as also:  # whatever fails of it
+            also.callback(self._ends.expire)
+            also.callback(self._shredding.settle)
             return self._lifecycle.expire_due()
-        finally:
-            self._shredding.settle()
 
     def _run(self) -> None:
         while True:

@@ -55,7 +55,7 @@ class Runs:
         after = budget.after(Cost.of_plan(plan))
         most = Cost.of_steps(plan.to_dict(), plan.steps + plan.redo_steps)
         schema = DatasetSchema.from_mapping(manifest.dataset_schema)
-        evaluation = plan.evaluation(len(schema.column(spec.label).values or ()), manifest.published_rows("holdout"))
+        evaluation = plan.evaluation(*manifest.evaluated(spec.label))
         return {
             "spec": spec.to_dict(),
             "plan": plan.to_dict(),

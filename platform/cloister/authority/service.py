@@ -111,10 +111,10 @@ class Authority:
         self.shredding = Shredding(self.core, self.custody, self.stores)
         self.lifecycle = Lifecycle(self.core, self.approvals, self.custody, self.shredding)
         self.registration = Registration(self.core, receiving, self.stores, self.lifecycle, self.shredding, overlap)
-        self.retention = Retention(self.lifecycle, self.shredding, retention_check_s)
         self.runs = Runs(self.core, self.approvals, overlap)
         self.attempts = Attempts(self.core, self.stores)
         self.ends = Ends(self.core, self.runs)
+        self.retention = Retention(self.lifecycle, self.shredding, self.ends, retention_check_s)
         self.models = Models(self.core, self.approvals, self.stores)
         self.endpoints = Endpoints(self.core, self.sessions, self.models, endpoint_ca_key, self.endpoint_ca)
 

@@ -117,7 +117,10 @@ def restore(context: Context, folder: Path, accept_rollback: bool, blobs: bool) 
 @click.command()
 @click.option("--repair", is_flag=True, help="Remove what is left over, and finish what erasures have left to do.")
 @click.option(
-    "--all", "young", is_flag=True, help="With --repair, also what is younger than an hour. Not while it runs."
+    "--all",
+    "young",
+    is_flag=True,
+    help="With --repair, also what no check has seen an hour ago. Not while it runs.",
 )
 @click.option("--quick", is_flag=True, help="Do not read the sealed files.")
 @common

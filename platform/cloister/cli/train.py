@@ -107,13 +107,18 @@ def submit(context: Context, spec: Path, jobs: Path | None, hold: bool, follow: 
     with folder.turn():
         try:
             shown = client.post("/v1/runs", body)
-        except CloisterError as error:
+        except (CloisterError, KeyboardInterrupt) as error:
             _not_submitted(folder, error)
             raise
         daemon = _start(folder, hold=hold, hint="submit it again")
     if hold:
-        with output.progress("starting the cluster"):
-            status = daemon.wait_ready(CLUSTER_TIMEOUT_S, what="the cluster of the run")
+        try:
+            with output.progress("starting the cluster"):
+                status = daemon.wait_ready(CLUSTER_TIMEOUT_S, what="the cluster of the run")
+        except CloisterError:
+            with contextlib.suppress(CloisterError):  # where the supervisor could not say that it has ended
+                settle_orphan(context.home, shown["run"])
+            raise
         _say_how_to_submit(context, shown["run"], folder_of_jobs, status)
         return
     if context.json and not follow:
@@ -144,9 +149,11 @@ def _folder(context: Context, run: str, spec: dict[str, Any], jobs: Path) -> Run
     )
 
 
-def _not_submitted(folder: RunFolder, error: CloisterError) -> None:
-    """Forget a run that was refused. Where nobody knows, end it if it is there, and keep its key: it may still come."""
-    if error.status < 500:
+def _not_submitted(folder: RunFolder, error: BaseException) -> None:
+    """Forget a run that was refused. Where nobody knows, end it if it is there, and keep its key: it may still come.
+    One that comes after all, and that nobody stops, is ended by the authority after a week.
+    """
+    if isinstance(error, CloisterError) and error.status < 500:
         shutil.rmtree(folder.directory)
     else:
         _end_unstarted(folder, "submit it again")
@@ -313,10 +320,10 @@ def _settle_orphan(folder: RunFolder) -> bool:
     daemon = Daemon(folder.directory / "driver")
     if daemon.process() is not None:
         return False
+    _reap(daemon)
     with contextlib.closing(folder.client()) as client:
         if client.get(f"/v1/runs/{folder.run}")["settled"]:
             return False
-    _reap(daemon)
     folder.end(UnavailableError("the run's supervisor was killed", f"go on: cloister train resume {folder.run}"))
     return True
 
@@ -393,7 +400,7 @@ def status(context: Context, run: str) -> None:
 @common
 def stop(context: Context, run: str) -> None:
     """Stop a run. What it has committed stays charged; the rest of its epsilon is free again once its cluster is gone,
-    which only the machine that it runs on can say."""
+    which only the machine that it runs on can say. A run that never began is charged nothing, whoever stops it."""
     client = context.client()
     client.post(f"/v1/runs/{run}/stop")
     Daemon(context.home.runs / run / "driver").stop()

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cloister.canonical import digest
-from cloister.datasets.schema import ORDINAL, PartName
+from cloister.datasets.schema import ORDINAL, DatasetSchema, PartName
 from cloister.errors import InputError
 from cloister.rounding import most_rows, rounded_down
 from cloister.validation import first_problem
@@ -128,6 +128,11 @@ class DatasetManifest(BaseModel):
     def published_total(self) -> int:
         """Of both roles together, from their published numbers."""
         return rounded_down(self.published_rows("train") + self.published_rows("holdout"))
+
+    def evaluated(self, label: str) -> tuple[tuple[str, ...], int]:
+        """What an evaluation of a model of `label` is of: the labels, and the published number of held-out rows."""
+        column = DatasetSchema.from_mapping(self.dataset_schema).column(label)
+        return column.values or (), self.published_rows("holdout")
 
     @property
     def numbered(self) -> bool:

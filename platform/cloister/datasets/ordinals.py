@@ -90,9 +90,7 @@ def read_ordinals(table: pa.Table) -> Ordinals:
     Raises:
         InputError: not a file of ordinals.
     """
-    if table.column_names != [ORDINAL_COLUMN] or table.column(0).type != pa.int16() or table.column(0).null_count:
+    known = (table.schema.names, table.schema.types) == ([ORDINAL_COLUMN], [pa.int16()])
+    if not known or table.column(0).null_count or (table.column(0).to_numpy() < 0).any():
         raise InputError("these are not the ordinals of rows", "run `cloister data verify`")
-    ordinals = np.asarray(table.column(0).to_numpy(), dtype=np.int16)
-    if (ordinals < 0).any():
-        raise InputError("these are not the ordinals of rows", "run `cloister data verify`")
-    return ordinals
+    return np.asarray(table.column(0).to_numpy(), dtype=np.int16)

@@ -13,7 +13,7 @@ Steps that are run again, because workers died, cost as additional steps: `redo_
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
@@ -90,9 +90,15 @@ class PrivacyPlan:
         """Expected number of times that a row is used."""
         return self.sample_rate * self.steps
 
-    def evaluation(self, labels: int, rows: int) -> Evaluation:
-        """The evaluation on so many held-out rows, as published, of so many labels."""
-        return Evaluation(labels=labels, rows=rows, epsilon=self.evaluation_epsilon, rows_per_unit=self.rows_per_unit)
+    def evaluation(self, labels: Collection[str], rows: int) -> Evaluation:
+        """The evaluation of these labels on so many held-out rows: `DatasetManifest.evaluated` says both."""
+        return Evaluation(
+            labels=len(labels), rows=rows, epsilon=self.evaluation_epsilon, rows_per_unit=self.rows_per_unit
+        )
+
+    def is_capped(self, most_of_unit: int) -> bool:
+        """Whether a run uses fewer rows of a unit than its schema allows it. Only then are ordinals leased and used."""
+        return self.rows_per_unit < most_of_unit
 
     def accounts_after(self, steps: int) -> dict[str, float]:
         """What each accountant says once this many steps have been released, redone ones counted again."""

@@ -9,7 +9,8 @@ Shapes: N rows, D inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -30,30 +31,33 @@ class RowWise:
         """
         self._model, self._function = model, function
         labels_N = torch.zeros(1, dtype=torch.int64, device=like_ND.device)
-        with tried(model):
+        with tried(model), self._ready():
             self._rows, self._step = fitting(
-                lambda x, _: [self._computed(x)], lambda count: public_rows(model, like_ND, labels_N, count), rows,
-                passed=lambda x, _: self._computed(x),
+                lambda x, _: [function(x)], lambda count: public_rows(model, like_ND, labels_N, count), rows,
+                passed=lambda x, _: function(x),
             )  # fmt: skip
 
     def __call__(self, x_ND: torch.Tensor) -> torch.Tensor:
         """[N, ...]: one microbatch after the other."""
-        found = [self._of(x_ND[start : start + self._rows]) for start in range(0, len(x_ND), self._rows)]
-        if not found:
-            return self._of(torch.zeros((1, *x_ND.shape[1:]), dtype=x_ND.dtype, device=x_ND.device))[:0]
-        return torch.cat(found)
+        with self._ready():
+            found = [self._of(x_ND[start : start + self._rows]) for start in range(0, len(x_ND), self._rows)]
+            if not found:
+                return self._of(torch.zeros((1, *x_ND.shape[1:]), dtype=x_ND.dtype, device=x_ND.device))[:0]
+            return torch.cat(found)
 
     def _of(self, x_BD: torch.Tensor) -> torch.Tensor:
         x, _, _ = filled(x_BD, x_BD, rounded_up(len(x_BD), self._step))
-        return self._computed(x)[: len(x_BD)]
+        return self._function(x)[: len(x_BD)]
 
-    def _computed(self, x: torch.Tensor) -> torch.Tensor:
+    @contextlib.contextmanager
+    def _ready(self) -> Iterator[None]:
+        """Within the block the model has aligned rows, no dropout and no gradients."""
         training = [(layer, layer.training) for layer in self._model.modules()]
         hooks = align_rows(self._model)
         self._model.eval()
         try:
             with torch.no_grad():
-                return self._function(x)
+                yield
         finally:
             for hook in hooks:
                 hook.remove()

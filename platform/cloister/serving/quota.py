@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -52,10 +53,14 @@ class _Account:
 class Quota:
     """One row is one unit. All methods run in one event loop, so a debit without an `await` is atomic."""
 
-    def __init__(self, source: QuotaSource, *, block_size: int, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, source: QuotaSource, *, block_size: int, clock: Callable[[], float],
+        steady: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        """Windows are by `clock`, the authority's; a refusal is repeated by `steady`, which nobody sets back."""
         self._source = source
         self._block_size = block_size
-        self._clock = clock
+        self._clock, self._steady = clock, steady
         self._accounts: OrderedDict[str, _Account] = OrderedDict()
 
     def check(self, subject: str) -> None:
@@ -65,7 +70,7 @@ class Quota:
             QuotaExceededError: nothing left in this window.
         """
         account = self._accounts.get(subject)
-        if account is not None and account.left == 0 and self._clock() < account.refused_until:
+        if account is not None and account.left == 0 and self._steady() < account.refused_until:
             raise self._exceeded(account)
 
     async def take(self, subject: str, units: int) -> None:
@@ -80,14 +85,14 @@ class Quota:
             return
         async with account.lock:  # single flight: whoever waits here finds the block that the first one took
             while not self._spend(account, units):
-                if self._clock() < account.refused_until:
+                if self._steady() < account.refused_until:
                     raise self._exceeded(account)
                 block = await self._take_block(subject, max(units - account.left, self._block_size))
                 same_window = block.window_ends == account.window_ends
                 account.left = block.granted + (account.left if same_window else 0)
                 account.window_ends = block.window_ends
                 if block.granted == 0 or self._clock() >= block.window_ends:
-                    account.refused_until = min(block.window_ends, self._clock() + RECHECK_S)
+                    account.refused_until = self._steady() + min(RECHECK_S, block.window_ends - self._clock())
                     raise self._exceeded(account)
 
     def _spend(self, account: _Account, units: int) -> bool:

@@ -271,7 +271,7 @@ runs = Table(
     Column("epsilon_charged", Float, nullable=False),
     Column("delta_charged", Float, nullable=False),
     Column("renyi_charged", JSON),
-    # Whether what was not used is given back: by a signed end only, which is kept.
+    # Whether what was not used is given back: by a signed end, which is kept; or because no attempt was ever opened.
     Column("settled", Boolean, nullable=False),
     Column("run_end", JSON),
     Column("model_key", LargeBinary, nullable=False),

@@ -66,12 +66,19 @@ class OnFixedFeatures(nn.Module):
     def __init__(self, features: Scattering, head: nn.Module) -> None:
         super().__init__()
         self.features, self.head = features, head
-        self.of_each_row: RowWise | None = None
+        self._of_each_row: RowWise | None = None
         """`features`, tried on a device."""
 
     def forward(self, x_ND: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.head(self.features(x_ND))
         return logits
+
+    def fixed(self, x_ND: torch.Tensor) -> torch.Tensor:
+        """`features(x)`: see `fixed_features`."""
+        if self._of_each_row is None:  # once: to try a device with large pictures takes long
+            rows = max(_FEWEST_ROWS, min(_ROWS_AT_ONCE, _NUMBERS_AT_ONCE // x_ND.shape[1]))
+            self._of_each_row = RowWise(self.features, self.features, x_ND[:1], rows)
+        return self._of_each_row(x_ND)
 
 
 def trainable_part(model: nn.Module) -> nn.Module:
@@ -86,12 +93,7 @@ def fixed_features(model: nn.Module, x_ND: torch.Tensor) -> torch.Tensor:
     Raises:
         InputError: this device computes a row otherwise beside others.
     """
-    if not isinstance(model, OnFixedFeatures):
-        return x_ND
-    if model.of_each_row is None:  # once: to try a device with large pictures takes long
-        rows = max(_FEWEST_ROWS, min(_ROWS_AT_ONCE, _NUMBERS_AT_ONCE // x_ND.shape[1]))
-        model.of_each_row = RowWise(model.features, model.features, x_ND[:1], rows)
-    return model.of_each_row(x_ND)
+    return model.fixed(x_ND) if isinstance(model, OnFixedFeatures) else x_ND
 
 
 def _scattering(image: object, width: int) -> Scattering:

@@ -37,17 +37,8 @@ class Group(Protocol):
 
 def from_rank_0(group: Group, act: Callable[[], Any]) -> Any:
     """What `act` gives on rank 0, as JSON, on every rank; or what it failed with, raised on every rank."""
-    failure: Exception | None = None
-    said = b""
-    if group.rank == 0:
-        try:
-            said = canonical_json({"value": act()})
-        except Exception as error:  # noqa: BLE001  (whatever it is, the other ranks must not wait for ever)
-            failure, said = error, canonical_json({"error": describe(error)})
-    told = json.loads(group.share(said))
-    if "error" in told:
-        raise failure or from_dict(told["error"])
-    return told["value"]
+    said, failure = _said(act) if group.rank == 0 else (b"", None)
+    return _heard(group.share(said), failure)
 
 
 def on_each_rank(group: Group, act: Callable[[], T]) -> T:
@@ -58,14 +49,23 @@ def on_each_rank(group: Group, act: Callable[[], T]) -> T:
         Exception: it failed on this rank, which is the first of those.
     """
     done: list[T] = []
-    failure: Exception | None = None
-    try:
-        done.append(act())
-    except Exception as error:  # noqa: BLE001  (as above)
-        failure = error
-    said = {} if failure is None else {"error": describe(failure)}
-    for rank, message in enumerate(group.gather(canonical_json(said))):
-        told = json.loads(message)
-        if "error" in told:
-            raise failure if failure is not None and rank == group.rank else from_dict(told["error"])
+    said, failure = _said(lambda: done.append(act()))
+    for rank, message in enumerate(group.gather(said)):
+        _heard(message, failure if rank == group.rank else None)
     return done[0]
+
+
+def _said(act: Callable[[], Any]) -> tuple[bytes, Exception | None]:
+    """What this rank passes to others: what `act` gives, or fails with, as JSON; and what it failed with."""
+    try:
+        return canonical_json({"value": act()}), None
+    except Exception as error:  # noqa: BLE001  (whatever it is, the other ranks must not wait for ever)
+        return canonical_json({"error": describe(error)}), error
+
+
+def _heard(message: bytes, failure: Exception | None) -> Any:
+    """What a rank gave; or what it failed with, raised: `failure`, if that rank is this one."""
+    told = json.loads(message)
+    if "error" in told:
+        raise failure or from_dict(told["error"])
+    return told["value"]

@@ -61,8 +61,8 @@ class Rows(Declared):
         super().__init__(lease.manifest, lease.owner_key, lease.spec)
         self._wanted = {column.name for column in self.features} | {self.spec.label}
         # The plan's, and not the spec's: what noise there is follows from it.
-        self._used = PrivacyPlan.from_dict(lease.plan).rows_per_unit
-        self._capped = self._used < self._schema.rows_per_unit
+        plan = PrivacyPlan.from_dict(lease.plan)
+        self._used, self._capped = plan.rows_per_unit, plan.is_capped(self._schema.rows_per_unit)
         self._region = self._schema.region
         self._keys = lease.keys
         self._blobs = open_blobs(lease.blobs)

@@ -52,6 +52,13 @@ _MOST_ROWS, _FEWEST_ROWS = 256, 16
 _NUMBERS = 2**24
 
 
+class AtTheEnd(NamedTuple):
+    """What rank 0 alone has, for the end of the attempt."""
+
+    evaluator: Evaluator
+    attack: MechanismAudit
+
+
 class Trial(NamedTuple):
     """What an attempt trains with, as it was before training."""
 
@@ -60,9 +67,7 @@ class Trial(NamedTuple):
     """The part of `model` that trains."""
     engine: ClippedGradients
     """Around `learner`, until somebody closes it."""
-    evaluator: Evaluator | None
-    """Rank 0's."""
-    attack: MechanismAudit | None
+    at_the_end: AtTheEnd | None
     """Rank 0's."""
 
 
@@ -93,11 +98,11 @@ def try_out(run: str, attempt: Attempt, group: Group) -> Trial:
         probe_sampler(plan)  # 5
         optimizer = make_optimizer(learner, spec.training.optimizer, spec.training.learning_rate)
         take_steps(learner, optimizer, engine, x_ND, y_N, plan)
-        attack = attack_steps(plan, engine=spec.privacy.engine) if group.rank == 0 else None  # 6
+        at_the_end = AtTheEnd(evaluator, attack_steps(plan, engine=spec.privacy.engine)) if evaluator else None  # 6
     except BaseException:
         engine.close()
         raise
-    return Trial(model, learner, engine, evaluator, attack)
+    return Trial(model, learner, engine, at_the_end)
 
 
 def invented(column: Column, rows: int, random: np.random.Generator) -> npt.NDArray[np.generic]:

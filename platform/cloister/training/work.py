@@ -4,7 +4,9 @@ Guarantees: rows are in clear only in this process, only while it works; only no
 histogram leave; the model and its checkpoints leave sealed; what resumes from a checkpoint has the authority's word
 that it is the run's newest, and draws new randomness: none is in it. What can refuse a spec, a model or a device does
 so before there is a key: no rank asks for one until all ranks have tried. From then on a run is stopped by people,
-crashes, the ledger, or bytes that are not those that were sealed; and by tripwires, which see noise or noisy sums.
+crashes, the ledger, or bytes that are not those that were sealed; by tripwires, which see noise or noisy sums; and at
+its end by a model that diverged, an ONNX file that computes otherwise than the model, or an audit that falsifies the
+plan's epsilon.
 
     1. attempt   rank 0 opens the next one, which ends the one before; all learn from where it goes on
     2. try       on invented rows, all that is to be done (`trial.py`); if one rank cannot, none goes on
@@ -73,10 +75,10 @@ def work(
     rows, plan, model = Rows(lease), PrivacyPlan.from_dict(lease.plan), trial.model
     opened = rows.load("train")  # 4
     opened = opened._replace(x=fixed_features(model, opened.x))
-    audit = None
-    if trial.attack:  # rank 0
+    at_the_end = trial.at_the_end
+    if at_the_end:  # rank 0
         audit = RunAudit(
-            trial.attack, plan, model, rows.encoder.width, len(rows.labels), run=run, secret=lease.checkpoint_key
+            at_the_end.attack, plan, model, rows.encoder.width, len(rows.labels), run=run, secret=lease.checkpoint_key
         )
         opened = audit.canaries.among(opened)
         holdout = rows.load("holdout")
@@ -104,10 +106,10 @@ def work(
         block_steps=block_steps,
         clipped_gradients=trial.engine,
     )
-    if audit is None or trial.evaluator is None:
+    if not at_the_end:
         return None
-    evaluation = plan.evaluation(len(rows.labels), rows.manifest.published_rows("holdout"))  # 7
-    histogram = evaluation.released(trial.evaluator(evaluation, fixed_features(model, holdout.x), holdout.y))
+    evaluation = plan.evaluation(*rows.manifest.evaluated(rows.spec.label))  # 7
+    histogram = evaluation.released(at_the_end.evaluator(evaluation, fixed_features(model, holdout.x), holdout.y))
     return _publish(authority, run, attempt, lease, rows, model, histogram, audit)
 
 
