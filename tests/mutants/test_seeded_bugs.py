@@ -38,7 +38,8 @@ STREAMS, ACCOUNTING = "tests/unit/test_privacy_streams.py", "tests/unit/test_pri
 ATTEMPTS, SEALS = "tests/unit/test_authority_attempts.py", "tests/unit/test_authority_seals.py"
 WORK, GRID = "tests/unit/test_work.py", "tests/unit/test_privacy_grid.py"
 EVALUATION, REHEARSAL = "tests/unit/test_privacy_evaluation.py", "tests/unit/test_rehearsal.py"
-ORDINALS = "tests/unit/test_ordinals.py"
+ORDINALS, RENYI = "tests/unit/test_ordinals.py", "tests/unit/test_privacy_renyi.py"
+POPULATIONS, RUNS = "tests/unit/test_authority_populations.py", "tests/unit/test_authority_runs.py"
 TRIED = "    trial = on_each_rank(group, lambda: try_out(run, attempt, group))  # 2\n"
 LEASED = "    lease = authority.lease_shards(run, attempt.number, group.rank, code_digest)  # 3\n"
 
@@ -183,6 +184,28 @@ BUGS = (
         "committed = last", ATTEMPTS, "again"),
     Bug("keys for a ledger that was put back or cleared", "authority/ledger_seals.py", "    if problem:\n",
         "    if not number:\n", SEALS, "was_edited"),
+    Bug("nobody is asked whether the same people have a budget already", "authority/populations.py",
+        "for each in found.scalars() if each != mine}", "for each in found.scalars() if not each}", POPULATIONS,
+        "officers_answer"),
+    Bug("an answer to another question", "authority/overlap.py", "    if request.details != ",
+        "    if not request.details and request.details != ", POPULATIONS, "what_there_was"),
+    Bug("which datasets share a ledger is under no seal", "authority/ledger_seals.py",
+        '        ledger["datasets"] = datasets\n', "        pass\n", POPULATIONS, "moves_no_dataset"),
+    Bug("a ledger is taken for one of before there were seals", "authority/ledger_seals.py",
+        "    if any(name.startswith(NAMED) for name in core.ledger_log.last):\n        return\n", "", POPULATIONS,
+        "not_adopted"),
+    Bug("a first budget without a ceiling", "authority/data.py",
+        "approve = epsilon > self._approvals.required.budget_from", "approve = False", POPULATIONS, "ceiling"),
+    Bug("two rules with all of delta", "authority/ledger.py",
+        "return self.delta if self.spent.curve is None else self.delta / 2", "return self.delta", RUNS, "over_budget"),
+    Bug("a filter that sees the last run alone", "authority/ledger.py", "renyi.total([_NOTHING, *curves])",
+        "renyi.total([_NOTHING, *curves[-1:]])", RUNS, "need_not_add_up"),
+    Bug("weights of more than one in all", "privacy/renyi.py", "near / near.sum() + (1 - _NEAR) / len(ORDERS)",
+        "near / near.sum() + 1.0", RENYI, "adversary or supermartingale"),
+    Bug("who is held out costs the filter nothing", "privacy/renyi.py", "max(_up(steps * each), other)",
+        "_up(steps * each + 0 * other)", RENYI, "its_evaluation"),
+    Bug("adding a unit costs nothing", "privacy/renyi.py", "c, rise = -z * z / 2 - less * log_f,",
+        "c, rise = -z * z / 2 - 0 * log_f,", RENYI, "bounded_by_itself"),
     Bug("a settled run is opened again", "authority/runs.py",
         'return "settled" if row.settled else str(row.state)', "return str(row.state)", SEALS, "opened_again"),
     Bug("a refund without proof", "signing/run_end.py",
@@ -193,7 +216,7 @@ BUGS = (
     Bug("stopping gives back at once", "authority/ends.py",
         '                close(act.connection, run, "stopped", None, self._core.clock())\n',
         '                close(act.connection, run, "stopped", None, self._core.clock())\n'
-        "                with ledger_seals.changing(act, row.dataset):\n"
+        "                with ledger_seals.changing(act, row.ledger):\n"
         "                    mine = runs.c.id == run\n"
         "                    act.connection.execute(update(runs).where(mine).values(epsilon_charged=0.0))\n",
         ATTEMPTS, "stops_a_run"),
