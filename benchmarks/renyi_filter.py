@@ -101,11 +101,11 @@ def measure(quick: bool) -> list[Row]:
         rows.append(row(f"runs of epsilon 1 that a budget of {budget} at delta {delta:g} buys", bought, "runs"))
     slowest = 0.0
     for mechanism in SLOW:
-        renyi._step.cache_clear()
-        slowest = max(slowest, seconds(lambda mechanism=mechanism: renyi._step(*mechanism)))
-    renyi._step.cache_clear()
+        renyi.step_of.cache_clear()
+        slowest = max(slowest, seconds(lambda mechanism=mechanism: renyi.step_of(*mechanism)))
+    renyi.step_of.cache_clear()
     curve = runs(plan, 5)
-    renyi._step.cache_clear()
+    renyi.step_of.cache_clear()
     curve_of = seconds(lambda: renyi.curve_of(plan, plan.steps))
     asked = 1000 * seconds(lambda: renyi.within(curve, 3.0, DELTA), 1000)
     return [

@@ -522,7 +522,7 @@ def test_of_an_attempt_and_a_stop_at_once_exactly_one_wins(world: World) -> None
 def test_submitting_resuming_and_settling_lock_each_other_out(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """After any order of them: what is charged is the sum of what each was told, and within the budget."""
     costly = (math.inf,) * len(renyi.ORDERS)  # no filter lets more pass than what adds up
-    monkeypatch.setattr("cloister.authority.ledger.curve", lambda _plan, _steps: costly)
+    monkeypatch.setattr("cloister.authority.ledger.curve", lambda *_: costly)
     world.set_budget(100.0, 1e-3)
     ends, failed = world.authority.ends, killed(world)
     world.end(failed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -395,7 +396,8 @@ def test_ending_after_some_steps_charges_for_them(world: World, end: str) -> Non
     world.end(run)
     shown = world.get("ed", f"/v1/runs/{run}")
     assert shown["state"] == ("stopped" if end == "stop" else "failed")
-    assert 0 < shown["epsilon_charged"] == spent == charged(world) < shown["plan"]["epsilon_certified"]
+    assert 0 < shown["epsilon_charged"] == charged(world) <= spent < shown["plan"]["epsilon_certified"]
+    assert shown["epsilon_spent"] == shown["epsilon_charged"]
     assert world.budget()["delta_added"] == DELTA
     with world.still("success"):  # an end is an end: saying it again changes nothing
         world.end(run)
@@ -417,19 +419,67 @@ def test_no_number_of_steps_costs_more_than_the_plan(world: World, monkeypatch: 
     assert costs.settle(plan, 0) == (0.0, 0.0)
 
 
-@pytest.mark.parametrize(("asked", "accountant"), [("accounts", "accounts"), ("replacing", "replacing_epsilon")])
-def test_accounting_is_done_one_at_a_time_whatever_is_asked(
-    world: World, monkeypatch: pytest.MonkeyPatch, asked: str, accountant: str
-) -> None:
-    plan, alone = world.get("ed", f"/v1/runs/{world.submit()}")["plan"], []
+def test_accounting_is_done_one_at_a_time_whatever_is_asked(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = world.get("ed", f"/v1/runs/{world.submit()}")["plan"]
+    computed = watched(monkeypatch, beside := [])
+    asked = [costs.accounts, costs.replacing, costs.settle]
+    with ThreadPoolExecutor(2 * len(asked)) as pool:
+        list(pool.map(lambda each: asked[each % 3](plan, STEPS - 1 - each, f"caller {each}"), range(2 * len(asked))))
+    assert sorted(computed) == ["accounts"] * 4 + ["replacing"] * 2
+    assert max(beside) == 1
 
-    def watched(*_: object) -> object:
-        alone.append(costs._ACCOUNTING.locked())
-        return 3.0 if asked == "replacing" else {}
 
-    monkeypatch.setattr(costs.accounting, accountant, watched)
-    getattr(costs, asked)(plan, STEPS - 1)
-    assert alone == [True]
+def test_a_look_at_a_run_is_a_look_up_and_says_no_less_than_it_is_charged(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    run = world.submit()
+    plan = world.get("ed", f"/v1/runs/{run}")["plan"]
+    computed = watched(monkeypatch, [], lambda: None)
+    looks = [costs.so_far(plan, steps) for steps in range(STEPS + plan["redo_steps"] + 1)]
+    assert computed == []
+    assert looks == sorted(looks)
+    for steps, look in enumerate(looks):
+        assert costs.settle(plan, steps)[0] <= look <= 1.5 * costs.settle(plan, steps)[0]
+
+
+def test_nothing_is_accounted_for_within_a_transaction(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leases, ends, resumed runs and models: whatever they cost is known before the database is locked."""
+    turn, within = world.authority.core.database._turn, []
+    computed = watched(monkeypatch, [], lambda: within.append(turn.locked()))
+    run = world.submit()
+    world.lease(run)
+    world.commit(run, 0, 5)
+    world.checkpoint(run, 5)
+    world.commit(run, 5, 8)
+    world.attempt(run)
+    world.post("ed", f"/v1/runs/{run}/stop")
+    world.end(run, "stopped")
+    world.post("ed", f"/v1/runs/{run}/resume")
+    world.train()
+    assert {"plan", "step", "accounts", "replacing"} == set(computed)
+    assert not any(within)
+
+
+def watched(
+    monkeypatch: pytest.MonkeyPatch, beside: list[int], also: Callable[[], None] = lambda: None
+) -> list[str]:  # fmt: skip
+    """What is computed from now on, for which nothing is remembered; into `beside` goes how many are at a time."""
+    shared, computed, at_once = costs.accountant.shared, list[str](), list[str]()
+    original = shared._computed
+
+    def computing(name: str, arguments: tuple[float, ...]) -> Any:
+        computed.append(name)
+        at_once.append(name)
+        beside.append(len(at_once))
+        also()
+        try:
+            return original(name, arguments)
+        finally:
+            at_once.remove(name)
+
+    monkeypatch.setattr(shared, "_remembered", {})
+    monkeypatch.setattr(shared, "_computed", computing)
+    return computed
 
 
 # ---- people ----

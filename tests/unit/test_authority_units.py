@@ -38,7 +38,8 @@ def test_a_plan_says_whom_it_protects_and_its_noise_is_for_all_of_their_rows(cli
     plan = shown["plan"]
     assert plan["rows_per_unit"] == MAX_ROWS
     known = plan["noise_multiplier"], plan["sample_rate"], plan["steps"], plan["delta"]
-    assert plan["epsilon_certified"] == accounting.epsilon(*known, MAX_ROWS) <= 3.0
+    assert plan["epsilon_certified"] == pytest.approx(accounting.epsilon(*known, MAX_ROWS), rel=1e-9)  # other threads
+    assert plan["epsilon_certified"] <= 3.0
     assert accounting.epsilon(*known) < 1.5, "noise for one row would do with far less"
 
 
@@ -98,4 +99,5 @@ def test_a_run_that_is_stopped_is_charged_for_persons_and_not_for_rows(clinic_wo
     world.post("ed", f"/v1/runs/{run}/stop")
     world.end(run, "stopped")
     known = plan["noise_multiplier"], plan["sample_rate"], 3, plan["delta"]
-    assert world.budget("clinic")["epsilon_added"] == accounting.epsilon(*known, MAX_ROWS)
+    expected = accounting.epsilon(*known, MAX_ROWS)
+    assert world.budget("clinic")["epsilon_added"] == pytest.approx(expected, rel=1e-9)

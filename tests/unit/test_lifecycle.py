@@ -12,6 +12,7 @@ from sqlalchemy import select, update
 
 import clinic
 from authority_world import CODE, World, lease_body, receiver, training_spec
+from cloister.authority import accountant
 from cloister.authority.costs import for_rows
 from cloister.authority.key_use import key_context
 from cloister.canonical import b64, unb64
@@ -195,6 +196,23 @@ def test_every_model_that_learned_from_it_is_flagged_and_its_bound_is_stated(by_
     assert world.refused(409, open_run, "POST", f"/v1/runs/{open_run}/blocks", block) == "ConflictError"
     register(world, leased, lease)
     assert world.get("ed", "/v1/models/clinic/versions/2")["flags"] == [erasure]
+
+
+def test_what_a_certificate_says_of_models_is_accounted_for_before_the_transaction(
+    by_row: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained_on(by_row)
+    turn, within = by_row.authority.core.database._turn, []
+    original = accountant.shared._computed
+
+    def watched(name: str, arguments: tuple[float, ...]) -> Any:
+        within.append((name, turn.locked()))
+        return original(name, arguments)
+
+    monkeypatch.setattr(accountant.shared, "_remembered", {})
+    monkeypatch.setattr(accountant.shared, "_computed", watched)
+    clinic.erase_person(by_row, 6, 7, 8, 9)  # of their eight rows some were trained on
+    assert within == [("prv_of_unit", False)]
 
 
 def test_a_later_erasure_flags_what_learned_from_earlier_versions_of_the_shard(by_row: World) -> None:

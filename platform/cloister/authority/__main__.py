@@ -9,6 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
+from cloister.authority import accountant
 from cloister.authority.listener import Listener
 from cloister.authority.service import Authority
 from cloister.authority.settings import AuthoritySettings
@@ -30,7 +31,7 @@ def main() -> int:
 
     def ready() -> None:
         daemon.report("ready", pid=os.getpid())
-        threading.Thread(target=_warm, daemon=True).start()
+        threading.Thread(target=accountant.shared.warm, daemon=True).start()
 
     try:
         settings = AuthoritySettings.model_validate_json(options.settings.read_bytes())
@@ -56,12 +57,6 @@ def main() -> int:
 def _passphrase(settings: EmbeddedSettings | VaultSettings) -> bytes:
     file = os.environ.get(PASSPHRASE_VARIABLE) or getattr(settings, "passphrase_file", None)
     return passphrase_in(Path(file)) if file else sys.stdin.buffer.readline().rstrip(b"\r\n")
-
-
-def _warm() -> None:
-    from cloister.privacy import accounting
-
-    accounting.warm()
 
 
 if __name__ == "__main__":

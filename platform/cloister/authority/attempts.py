@@ -57,7 +57,7 @@ class Attempts:
             BudgetError: the budget does not pay for what would be run again, which ends it. Its checkpoint is kept.
             InputError: more or fewer workers than the spec says.
         """
-        settle_beforehand(self._core, run, again)
+        settle_beforehand(self._core, caller, run, again)
         refusal: CloisterError | None = None
         dataset: Any = None
         with self._core.action(caller, "run:work", step="attempt", world_size=world_size) as act:
@@ -103,7 +103,7 @@ class Attempts:
             BudgetError: what is held for the run does not pay for its rest.
             PermissionDeniedError: the worker runs other code than was submitted.
         """
-        settle_beforehand(self._core, run, rest_of)
+        settle_beforehand(self._core, caller, run, rest_of)
         with self._core.action(caller, "run:lease", attempt=attempt, rank=rank) as act:
             row = self._working(act, run, code_digest)
             _require_current(row, attempt)

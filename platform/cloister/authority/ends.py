@@ -57,7 +57,7 @@ class Ends:
             IntegrityError: the run's key did not sign it, or it is about another run or plan.
             ConflictError: it is about another attempt than the last.
         """
-        settle_beforehand(self._core, run, lambda row: int(row.steps_committed))
+        settle_beforehand(self._core, caller, run, lambda row: int(row.steps_committed))
         with self._core.action(caller, "run:work", step="end") as act:
             row = load(act.connection, run)
             act.allow(resources.run(row))
@@ -121,7 +121,7 @@ class Ends:
             ConflictError: it has not ended, has no checkpoint or no signed end, or its attempts are used up.
             BudgetError: the budget, or what was approved, does not pay for it.
         """
-        settle_beforehand(self._core, run, again)
+        settle_beforehand(self._core, caller, run, again)
         with self._core.action(caller, "train:submit", run=run, step="resume") as act:
             row = load(act.connection, run)
             spec = TrainingSpec.parse(row.spec)

@@ -62,14 +62,14 @@ class Cost:
         return cls(float(run.epsilon_charged), float(run.delta_charged), curve)
 
     @classmethod
-    def of_steps(cls, plan: dict[str, Any], steps: int) -> Cost:
-        """What so many committed steps of a plan cost."""
-        return cls(*settle(plan, steps), curve(plan, steps))
+    def of_steps(cls, plan: dict[str, Any], steps: int, caller: str | None = None) -> Cost:
+        """What so many committed steps of a plan cost; accounted for on behalf of `caller`, if it has to be."""
+        return cls(*settle(plan, steps, caller), curve(plan, steps, caller))
 
     @classmethod
-    def of_plan(cls, plan: PrivacyPlan) -> Cost:
+    def of_plan(cls, plan: PrivacyPlan, caller: str | None = None) -> Cost:
         """What is held for a run that is submitted: its epsilon as it was asked for, at least what it is certified."""
-        return cls(plan.epsilon, plan.delta, curve(plan.to_dict(), plan.steps))
+        return cls(plan.epsilon, plan.delta, curve(plan.to_dict(), plan.steps, caller))
 
     def at_least(self, other: Cost) -> Cost:
         """The larger of both, in each of its numbers."""

@@ -15,6 +15,7 @@ replaced. A version is due, whole, as soon as one of its files is.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 from collections.abc import Mapping, Sequence
@@ -49,7 +50,7 @@ from cloister.datasets.erasure import (
     advice,
 )
 from cloister.datasets.manifest import DatasetManifest, SealedFile, file_check, parse_reference
-from cloister.errors import ConflictError
+from cloister.errors import ConflictError, UnavailableError
 from cloister.rounding import rounded_down
 from cloister.stores.tables import data_keys, datasets, deletions, erasures, models, runs
 
@@ -100,6 +101,23 @@ class Lifecycle:
                 removed=_removed(manifest, listed, ends) if manifest and kind == "erase" else {},
             ),
         )  # fmt: skip
+
+    def account_beforehand(self, caller: Caller, manifest: DatasetManifest, ends: AbstractSet[str]) -> None:
+        """Account for the models that `replace` will flag. That takes a second each and is remembered: done before the
+        action, it does not hold the database's write lock."""
+        if manifest.lineage.kind == "rectify":
+            return
+        with self._core.database.reading() as connection:
+            before = live_versions(connection, manifest.name)
+            trained = _trained_on(connection, manifest.name, [row.version for row in before])
+        if not trained:
+            return
+        removed = _removed(manifest, {row.version: DatasetManifest.parse(row.manifest) for row in before}, ends)
+        with contextlib.suppress(UnavailableError):  # too many wait: then the action asks, before all of them
+            for row in trained:
+                rows = _together_of(row, removed)
+                if any(rows):
+                    for_rows(row, *rows, caller.name)
 
     def destroy_keys(self, caller: Caller, name: str, version: int) -> dict[str, Any]:
         """Destroy the keys of all files of a version, for good. Every live version that lists one of them ends, and
@@ -357,7 +375,30 @@ def _flag(
         select(runs.c.id, runs.c.flags).where(runs.c.dataset == name, runs.c.version.in_(learned))
     ).all():
         connection.execute(update(runs).where(runs.c.id == run.id).values(flags=[*run.flags, erasure]))
-    found = connection.execute(
+    flagged = []
+    for row in _trained_on(connection, name, learned):
+        mine = (models.c.name == row.name) & (models.c.version == row.version)
+        connection.execute(update(models).where(mine).values(flags=[*row.flags, erasure]))
+        epsilon, delta = float(row.epsilon_charged), float(row.delta_charged)
+        unit = Bound(rows=int(row.plan.get("rows_per_unit", 1)), epsilon=epsilon, delta=delta)
+        by_row = row.schema.get("unit", "row") == "row"
+        rows = _together_of(row, removed)
+        subject = None
+        if any(rows):
+            epsilon, delta = for_rows(row, *rows)
+            subject = Bound(rows=sum(rows), epsilon=epsilon, delta=delta)
+        flagged.append(
+            TrainedModel(
+                model=f"{row.name}@{row.version}", run=row.run, production=row.stage == "production", unit=unit,
+                subject=subject, advice="retrain" if by_row and subject is None else advice(unit, subject),
+            )
+        )  # fmt: skip
+    return tuple(flagged)
+
+
+def _trained_on(connection: Connection, name: str, versions: Sequence[int]) -> Sequence[Any]:
+    """The models that were trained on these versions, with what is charged for them."""
+    return connection.execute(
         select(
             models,
             runs.c.epsilon_charged,
@@ -369,30 +410,18 @@ def _flag(
         )
         .join(runs, runs.c.id == models.c.run)
         .join(datasets, (datasets.c.name == runs.c.dataset) & (datasets.c.version == runs.c.version))
-        .where(runs.c.dataset == name, runs.c.version.in_(learned))
+        .where(runs.c.dataset == name, runs.c.version.in_(versions))
         .order_by(models.c.name, models.c.version)
     ).all()
-    flagged = []
-    for row in found:
-        mine = (models.c.name == row.name) & (models.c.version == row.version)
-        connection.execute(update(models).where(mine).values(flags=[*row.flags, erasure]))
-        epsilon, delta = float(row.epsilon_charged), float(row.delta_charged)
-        unit = Bound(rows=int(row.plan.get("rows_per_unit", 1)), epsilon=epsilon, delta=delta)
-        # Where a row is the unit, somebody may have had several, for all of which together less holds.
-        by_row = row.schema.get("unit", "row") == "row"
-        rows = removed.get(row.trained_on, (0, 0)) if by_row else (0, 0)
-        subject = None
-        if any(rows):
-            rows = _rounded_up(rows[0]), _rounded_up(rows[1])
-            epsilon, delta = for_rows(row, *rows)
-            subject = Bound(rows=sum(rows), epsilon=epsilon, delta=delta)
-        flagged.append(
-            TrainedModel(
-                model=f"{row.name}@{row.version}", run=row.run, production=row.stage == "production", unit=unit,
-                subject=subject, advice="retrain" if by_row and subject is None else advice(unit, subject),
-            )
-        )  # fmt: skip
-    return tuple(flagged)
+
+
+def _together_of(model: Any, removed: Mapping[int, tuple[int, int]]) -> tuple[int, int]:
+    """For how many removed rows together a certificate bounds what a model tells: for training, and held out.
+
+    Where a row is the unit, somebody may have had several, for all of which together less holds.
+    """
+    rows = removed.get(model.trained_on, (0, 0)) if model.schema.get("unit", "row") == "row" else (0, 0)
+    return _rounded_up(rows[0]), _rounded_up(rows[1])
 
 
 def _rounded_up(rows: int) -> int:

@@ -17,7 +17,7 @@ from cloister.authority import ledger_seals, resources
 from cloister.authority.approvals import Approvals
 from cloister.authority.certified import privacy_of
 from cloister.authority.core import Action, Caller, Core
-from cloister.authority.costs import accounts, replacing
+from cloister.authority.costs import accounts, curve, replacing
 from cloister.authority.data import load as load_dataset
 from cloister.authority.key_use import MODELS, RELEASE, model_key_context
 from cloister.authority.ledger import Cost
@@ -71,8 +71,9 @@ class Models:
             row = load_run(asked.connection, run)
             asked.allow(resources.run(row))
         check_path(blob, below=f"models/{run}/")
-        accounts(row.plan, row.steps_committed)  # takes seconds, and is remembered; as this
-        replacing(row.plan, row.steps_committed)
+        accounts(row.plan, row.steps_committed, caller.name)  # takes seconds, and is remembered; as this
+        replacing(row.plan, row.steps_committed, caller.name)
+        curve(row.plan, row.steps_committed, caller.name)
         # Before the transaction: however large the file is, it must not hold the database's lock.
         stored = sha256_hex(_store(self._stores, row).get(blob)) if _is_trained(row) else ""
         with self._core.action(caller, "run:work", step="register") as act:

@@ -174,6 +174,8 @@ class Registration:
         """
         read = self._read(caller, envelope)
         kind = read.manifest.lineage.kind if isinstance(read, _Signed) else "seal"
+        if ends and isinstance(read, _Signed):
+            self._lifecycle.account_beforehand(caller, read.manifest, set(ends))
         with self._core.action(caller, _ACTIONS.get(kind, "dataset:seal")) as act:
             # No work for somebody who may not seal anything.
             act.allow(resources.new_dataset("any", caller.name))

@@ -15,7 +15,7 @@ from sqlalchemy import Connection, insert, select, update
 from cloister.authority import ledger_seals, resources
 from cloister.authority.approvals import Approvals
 from cloister.authority.core import Action, Caller, Core, Resource
-from cloister.authority.costs import plan_for, settle
+from cloister.authority.costs import curve, plan_for, settle, so_far
 from cloister.authority.data import load as load_dataset
 from cloister.authority.data import require_live, unit_of
 from cloister.authority.identity import add_identity
@@ -48,12 +48,12 @@ class Runs:
         with self._core.action(caller, "train:plan", epsilon=spec.privacy.epsilon) as act:
             manifest, row = self.manifest(act, spec)
             resource = act.resource
-        plan = plan_for(spec, manifest)
+        plan = plan_for(spec, manifest, caller.name)
         with self._core.database.reading() as connection:
             budget = budget_of(connection, ledger_of(connection, row))
             shown = described(connection, row)
-        after = budget.after(Cost.of_plan(plan))
-        most = Cost.of_steps(plan.to_dict(), plan.steps + plan.redo_steps)
+        after = budget.after(Cost.of_plan(plan, caller.name))
+        most = Cost.of_steps(plan.to_dict(), plan.steps + plan.redo_steps, caller.name)
         schema = DatasetSchema.from_mapping(manifest.dataset_schema)
         evaluation = plan.evaluation(*manifest.evaluated(spec.label))
         return {
@@ -80,12 +80,12 @@ class Runs:
         spec = TrainingSpec.parse(spec_value)
         with self._core.reading(caller, "train:submit") as act:
             manifest, _ = self.manifest(act, spec)
-        plan = plan_for(spec, manifest)  # seconds of arithmetic: outside the transaction
+        plan = plan_for(spec, manifest, caller.name)  # seconds of arithmetic: outside the transaction
+        cost = Cost.of_plan(plan, caller.name)
         run = run_name(public_key.encode())
         with self._core.action(caller, "train:submit", run=run, epsilon=plan.epsilon, code=code_digest[:80]) as act:
             _, dataset = self.manifest(act, spec)
             ledger = self._overlap.require(act, dataset)
-            cost = Cost.of_plan(plan)
             _require_budget(budget_of(act.connection, ledger), cost, manifest)
             approval = self._approve(act, spec, plan, dataset, code_digest)
             now = self._core.clock()
@@ -146,7 +146,8 @@ class Runs:
         with self._core.reading(caller, "run:read") as act:
             row = load(act.connection, run)
             act.allow(resources.run(row))
-        return public(row) | {"epsilon_spent": settle(row.plan, row.steps_committed)[0], "end": row.run_end}
+        spent = row.epsilon_charged if row.settled else so_far(row.plan, row.steps_committed)
+        return public(row) | {"epsilon_spent": spent, "end": row.run_end}
 
     def list(self, caller: Caller) -> list[dict[str, Any]]:
         with self._core.reading(caller, "run:read") as act:
@@ -242,12 +243,13 @@ def load(connection: Connection, run: str) -> Any:
     return row
 
 
-def settle_beforehand(core: Core, run: str, steps: Callable[[Any], int]) -> None:
+def settle_beforehand(core: Core, caller: Caller, run: str, steps: Callable[[Any], int]) -> None:
     """Account for so many steps of a run. That takes seconds and is remembered: done before an action, it does not hold
     the database's write lock."""
     with core.database.reading() as connection:
         row = load(connection, run)
-    settle(row.plan, steps(row))
+    settle(row.plan, steps(row), caller.name)
+    curve(row.plan, steps(row), caller.name)
 
 
 def require_attempts(row: Any, spec: TrainingSpec) -> None:

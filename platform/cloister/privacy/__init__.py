@@ -2,7 +2,8 @@
 
 spec         what an engineer asks for
 plan         the privacy of one run, decided before it touches data
-accounting   what it costs, by two accountants and a bound; of several rows of a person too (`units`)
+accounting   what it costs, by two accountants and a bound; of several rows of a person too (`units`);
+             `accountant_process` does it beside an authority
 mechanism    sampler, clipping and noise of a plan, on one rank
 keystream    the random bytes: ChaCha20 streams under keys that exist once
 sampling     Poisson sampling of rows

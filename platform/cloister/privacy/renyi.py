@@ -71,12 +71,18 @@ def curve_of(plan: PrivacyPlan, steps: int) -> Curve:
     Raises:
         ValueError: a negative number of steps.
     """
+    return of_steps(
+        step_of(plan.noise_multiplier, plan.sample_rate, plan.rows_per_unit), steps, plan.evaluation_epsilon
+    )
+
+
+def of_steps(step: Curve, steps: int, evaluation_epsilon: float) -> Curve:
+    """As `curve_of`, from what one step costs (`step_of`)."""
     if steps < 0:
         raise ValueError("the number of steps is not negative")
     if steps == 0:
         return (0.0,) * len(ORDERS)
-    step = _step(plan.noise_multiplier, plan.sample_rate, plan.rows_per_unit)
-    evaluation = _pure(plan.evaluation_epsilon)
+    evaluation = _pure(evaluation_epsilon)
     return tuple(max(_up(steps * each), other) for each, other in zip(step, evaluation, strict=True))
 
 
@@ -201,8 +207,10 @@ def _pure(epsilon: float) -> Curve:
 
 
 @functools.lru_cache(maxsize=_REMEMBERED)
-def _step(noise_multiplier: float, sample_rate: float, rows_per_unit: int) -> Curve:
-    """Of one step. Of single rows, removing costs no less than adding (Mironov et al., arXiv 1908.10530, Theorem 5)."""
+def step_of(noise_multiplier: float, sample_rate: float, rows_per_unit: int) -> Curve:
+    """What one step costs a unit that is trained on. Of a single row, removing costs no less than adding (Mironov et al.,
+    arXiv 1908.10530, Theorem 5).
+    """
     if noise_multiplier < _LEAST_NOISE:
         return (math.inf,) * len(ORDERS)
     values: Floats
