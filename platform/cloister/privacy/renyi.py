@@ -208,8 +208,8 @@ def _pure(epsilon: float) -> Curve:
 
 @functools.lru_cache(maxsize=_REMEMBERED)
 def step_of(noise_multiplier: float, sample_rate: float, rows_per_unit: int) -> Curve:
-    """What one step costs a unit that is trained on. Of a single row, removing costs no less than adding (Mironov et al.,
-    arXiv 1908.10530, Theorem 5).
+    """What one step costs a unit that is trained on. Of a single row, removing costs no less than adding (Mironov et
+    al., arXiv 1908.10530, Theorem 5).
     """
     if noise_multiplier < _LEAST_NOISE:
         return (math.inf,) * len(ORDERS)
