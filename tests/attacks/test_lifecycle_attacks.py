@@ -317,7 +317,7 @@ def test_of_an_older_version_whole_shards_end_and_of_none_that_is_live_nothing_f
 
 def test_no_lease_is_granted_after_an_erasure_that_it_races(world: World) -> None:
     clinic.seal(world, unit="row")
-    world.agreed("sofia", "olga", "PUT", "/v1/datasets/clinic/budget", {"epsilon": 90.0, "delta": 9e-3})
+    world.agreed("sofia", "olga", "PUT", "/v1/datasets/clinic/budget", {"epsilon": 90.0, "delta": 2e-3})
     spec = {"dataset": "clinic@1", "label": "ill"}
     training = {"epochs": 2, "expected_batch_size": 16, "learning_rate": 0.01}
     started = [world.submit(name=f"race-{number}", training=training, **spec) for number in range(6)]

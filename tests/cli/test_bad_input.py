@@ -127,7 +127,7 @@ def test_more_epsilon_than_is_left_is_refused_before_anything_starts(line: Comma
     assert "does not pay" in line.run("train", "plan", spec, who="ed").stdout
     said = line.refused("train", "submit", spec, who="ed")
     assert "9.5" in said
-    assert "7.000" in said
+    assert "its budget is 7 " in said
     assert list((line.home / "runs").glob("*")) == []
     before.check()
 
@@ -324,7 +324,8 @@ def test_a_plan_touches_no_data(line: CommandLine) -> None:
         aside.rename(blobs)
         blobs.chmod(0o700)
     assert plan["plan"]["epsilon_certified"] <= 3.0
-    assert plan["budget_before"] - plan["budget_after"] == pytest.approx(3.0)
+    budget = plan["budget"]
+    assert budget["before"]["epsilon_left"] - budget["after"]["epsilon_left"] == pytest.approx(3.0)
     assert line.json("audit", "search", "--action", "train:plan", "--limit", "1")[0]["actor"] == "ed"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
@@ -20,7 +21,7 @@ import pytest
 
 from authority_world import World
 from cloister.authority import accountant as accountant_module
-from cloister.authority.accountant import PLACES, PLACES_OF_CALLER, WAITING_OF_CALLER, Accountant, _Line
+from cloister.authority.accountant import PLACES, PLACES_FOR_RUNS, WAITING_OF_CALLER, Accountant, _Line
 from cloister.errors import InputError, UnavailableError
 from cloister.privacy import accounting
 from cloister.privacy.plan import make_plan
@@ -297,19 +298,63 @@ def test_too_many_are_refused(accountant: Accountant, pool: ThreadPoolExecutor) 
 
 
 def test_neither_one_caller_nor_all_together_take_all_threads_of_the_server() -> None:
+    """Each takes at most half of what others have left: whoever comes next finds a place, and runs most of all."""
     line = _Line()
-    for _ in range(PLACES_OF_CALLER):
-        line.join(("the same", ()), "ed")
-    with pytest.raises(UnavailableError):
-        line.join(("the same", ()), "ed")
-    for number in range(PLACES - PLACES_OF_CALLER):
-        line.join((str(number), ()), f"caller {number // WAITING_OF_CALLER}")
-    with pytest.raises(UnavailableError):
-        line.join(("another", ()), "somebody else")
+
+    def places(caller: str) -> int:
+        taken = 0
+        with contextlib.suppress(UnavailableError):
+            for _ in range(PLACES + PLACES_FOR_RUNS):
+                line.join(("the same", ()), caller)
+                taken += 1
+        return taken
+
+    assert [places(f"engineer {number}") for number in range(7)] == [12, 6, 3, 1, 1, 1, 0]
+    assert [places(f"run-{number:010x}") for number in range(9)] == [4, 2, 1, 1, 0, 0, 0, 0, 0]
     for number in range(100, 150):  # the authority itself is within a transaction
         line.join((str(number), ()), "")
     with pytest.raises(UnavailableError):
         line.join(("another", ()), "somebody else")
+
+
+def test_different_requests_of_one_caller_are_few() -> None:
+    line = _Line()
+    for number in range(WAITING_OF_CALLER):
+        line.join((str(number), ()), "ed")
+    with pytest.raises(UnavailableError):
+        line.join(("another", ()), "ed")
+    line.join(("another", ()), "eve")
+
+
+def test_a_transaction_waits_for_its_turn_only_as_long_as_others_wait_for_the_database(
+    accountant: Accountant, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.setattr(accountant_module, "ITSELF_S", 0.2)
+    accountant.warm()
+    pid = accountant.pid
+    assert pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        slow = pool.submit(accountant.accounts, *SMALL, caller="ed")
+        wait_for(lambda: served(accountant))
+        with pytest.raises(UnavailableError):
+            accountant.replacing(*SMALL[:4])
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert slow.result() == accounting.accounts(*SMALL)
+
+
+def test_who_waits_is_told_that_the_authority_stops(accountant: Accountant, pool: ThreadPoolExecutor) -> None:
+    accountant.warm()
+    assert accountant.pid
+    os.kill(accountant.pid, signal.SIGSTOP)
+    waiting = [pool.submit(accountant.replacing, *SMALL[:2], steps, SMALL[3], caller="ed") for steps in (1, 2, 3)]
+    wait_for(lambda: served(accountant) and queued(accountant, "ed") == 2)
+    accountant.refuse_all()
+    errors = [each.exception() for each in waiting]
+    assert all(isinstance(error, UnavailableError) for error in errors)
+    assert [str(error) for error in errors].count("the authority is stopping") == 2
+    assert accountant.accounts(*SMALL) == accounting.accounts(*SMALL)
 
 
 def test_who_does_not_wait_any_more_is_forgotten() -> None:

@@ -107,7 +107,9 @@ def test_the_author_never_counts_not_even_with_the_role(world: World, monkeypatc
     world.reopen(required=Required(training=2))
     request = asked(world, author="rob")
     with world.still("denied"):
-        assert world.vote("rob", request).status_code == 403
+        answer = world.vote("rob", request)
+    assert (answer.status_code, answer.json()["error"]) == (403, "you asked for this, so others decide")
+    assert answer.json()["hint"] == "ask a reviewer, or olga (not you)"
     assert world.vote("rita", request).json()["approved"] == 1
     # Even if such a vote were in the table.
     with world.authority.core.database.transaction() as connection:
@@ -345,6 +347,8 @@ def test_a_budget_is_raised_by_two_and_lowered_by_one(world: World) -> None:
         world.ask("olga", "PUT", BUDGET, {"epsilon": 5.0, "delta": 1e-4})
     for epsilon, delta in ((6.0, 1e-4), (5.0, 2e-4), (4.0, 2e-4)):
         answer = world.ask("olga", "PUT", BUDGET, {"epsilon": epsilon, "delta": delta})
+        assert answer.json()["error"] == "more epsilon or delta than before needs 1 approval and has 0"
+        assert answer.json()["hint"].startswith("a security officer (not you) runs: cloister approve apr-")
         request = world.missing(answer)
         assert request["details"]["epsilon"] == [5.0, epsilon]
         for name in ("olga", "rita", "operator", "ed"):

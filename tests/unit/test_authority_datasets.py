@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from authority_world import CODE, Person, World, adult_schema, receiver
 from cloister.canonical import b64, canonical_json, unb64
 from cloister.datasets.manifest import MANIFEST_PREDICATE, DatasetManifest
 from cloister.errors import CloisterError, PermissionDeniedError
+from cloister.privacy.spec import MIN_DELTA
 from cloister.rounding import most_rows
 from cloister.sealing import purposes
 from cloister.sealing.envelope import new_key
@@ -230,11 +232,30 @@ def test_the_authority_keeps_no_data_key_in_clear(world: World) -> None:
         assert b64(key).encode() not in files
 
 
-@pytest.mark.parametrize("budget", [(0.0, 1e-5), (-1.0, 1e-5), (101.0, 1e-5), (1.0, 0.0), (1.0, 0.5), (1e9, 1e-5)])
-def test_a_budget_outside_its_range_is_refused(calm_world: World, budget: tuple[float, float]) -> None:
+@pytest.mark.parametrize(
+    ("budget", "said"),
+    [
+        ((0.0, 1e-5), "epsilon 0 is not above 0"),
+        ((-1.0, 1e-5), "epsilon -1 is not above 0"),
+        ((101.0, 1e-5), "epsilon 101 is above the most that a budget has, 100"),
+        ((1e9, 1e-5), "epsilon 1e+09 is above the most that a budget has, 100"),
+        ((1.0, 0.0), "delta 0 is below the least that a budget has, 2e-10"),
+        ((1.0, 5e-324), "below the least that a budget has, 2e-10"),  # half of it is nothing at all
+        ((1.0, 1.9e-10), "delta 1.9e-10 is below the least"),
+        ((1.0, 0.5), "delta 0.5 is not below 0.01"),
+    ],
+)
+def test_a_budget_outside_its_range_is_refused(calm_world: World, budget: tuple[float, float], said: str) -> None:
     with calm_world.still():
         sent = dict(zip(("epsilon", "delta"), budget, strict=True))
-        calm_world.refused(400, "olga", "PUT", "/v1/datasets/adult/budget", sent)
+        answer = calm_world.ask("olga", "PUT", "/v1/datasets/adult/budget", sent)
+    assert answer.status_code == 400
+    assert said in answer.json()["error"]
+
+
+def test_a_budget_has_the_least_delta_of_which_a_run_can_use_half(world: World) -> None:
+    world.set_budget(1.0, 2e-10)
+    assert world.budget()["delta_of_each_rule"] == MIN_DELTA
 
 
 def test_a_budgets_delta_protects_each_row(world: World) -> None:
@@ -263,3 +284,17 @@ def test_a_budget_is_not_lowered_below_what_is_held(world: World) -> None:
         ) == "BudgetError"  # fmt: skip
     world.set_budget(3.0, 2e-5)
     assert world.budget()["epsilon_left"] == 0
+
+
+def test_with_a_smaller_delta_more_epsilon_is_spent_and_it_is_told_how_much(world: World) -> None:
+    world.submit()
+    path, delta = "/v1/datasets/adult/budget", 1.5e-5  # half of which does not hold the run's 1e-5
+    with world.still():
+        answer = world.ask("olga", "PUT", path, {"epsilon": 3.0, "delta": delta})
+    assert "at delta 1.5e-05, runs have spent or hold epsilon " in answer.json()["error"]
+    (enough,) = re.findall(r"choose at least --epsilon ([0-9]+\.[0-9]{2})$", answer.json()["hint"])
+    assert float(enough) > 3.0
+    with world.still():
+        assert world.refused(409, "olga", "PUT", path, {"epsilon": float(enough) - 0.01, "delta": delta})
+    world.set_budget(float(enough), delta)
+    assert 0 <= world.budget()["epsilon_left"] < 0.01

@@ -250,3 +250,11 @@ def test_retention_ends_by_the_calendar_and_never_too_early(retention: str, seal
 def test_a_retention_that_is_no_whole_number_of_days_is_refused(retention: str) -> None:
     with pytest.raises(InputError, match="retention is an ISO 8601"):
         DatasetSchema.from_mapping(DatasetSchema.from_yaml_text(BODY).to_dict() | {"retention": retention})
+
+
+def test_a_name_that_is_not_one_is_answered_with_what_one_is_like() -> None:
+    with pytest.raises(InputError, match="population: a short name of lower-case") as found:
+        DatasetSchema.from_yaml_text("population: Us 1994" + BODY)
+    assert found.value.message.endswith("letters, digits and hyphens, such as us-1994")
+    with pytest.raises(InputError, match="schema is not valid: name: a short name"):
+        DatasetSchema.from_yaml_text(BODY.replace("people", "My People"))

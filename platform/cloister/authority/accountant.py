@@ -7,8 +7,8 @@ authority itself goes before all callers. Equal requests are computed once, and 
 takes too long or too much memory, or that ends the process, gets an `UnavailableError`. The next one gets a new
 process.
 
-Does not guarantee: that somebody who has several names gets one turn only; that the authority does not wait for the
-one request that is being computed when it asks.
+Does not guarantee: that somebody who has several names gets one turn only; nor that who has gone away, and waits no
+more, loses the turn.
 """
 
 from __future__ import annotations
@@ -34,13 +34,15 @@ import cloister
 from cloister.canonical import canonical_json
 from cloister.errors import CloisterError, InputError, UnavailableError
 from cloister.process import clean_environment
+from cloister.signing.keys import is_run_name
 
 MODULE = "cloister.privacy.accountant_process"
-LIMIT_S = 120.0  # of one request; the slowest that was measured takes 10 s on an idle machine
-START_S = 120.0  # its imports take two seconds there
+LIMIT_S = 50.0  # of one request; the slowest that was measured takes 10 s on an idle machine. Clients wait for 60 s
+START_S = 50.0  # its imports take two seconds there
+ITSELF_S = 4.0  # that the authority waits for its turn: it may hold the database, for which others wait 5 s
 WAITING_OF_CALLER = 4  # different requests
-PLACES_OF_CALLER = 16  # equal ones too, such as of all workers of a run: who waits holds a thread of the server's
-PLACES = 32  # of the server's 40 threads
+PLACES = 24  # of the server's 40 threads: who waits holds one. Equal requests too, such as of all workers of a run
+PLACES_FOR_RUNS = 8  # beyond these, since what a run is given and charged must not wait for plans
 REMEMBERED = 1024  # results of each kind
 _ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "PYTHONPATH", "TMPDIR")
 _MOST_BYTES = 1 << 16  # of an answer
@@ -77,10 +79,11 @@ class _Line:
         """
         mine, request = self.queues.get(caller, deque()), self.requests.get(key)
         there = request is not None and (request is self.served or request in mine)
+        others = self.places.total() - self.places[_ITSELF] - self.places[caller]
+        free = PLACES + (PLACES_FOR_RUNS if is_run_name(caller) else 0) - others
+        # Half of what others have left, so that whoever comes next finds a place.
         if caller != _ITSELF and (
-            self.places.total() - self.places[_ITSELF] >= PLACES
-            or self.places[caller] >= PLACES_OF_CALLER
-            or (not there and len(mine) >= WAITING_OF_CALLER)
+            self.places[caller] >= min(free, max(1, free // 2)) or (not there and len(mine) >= WAITING_OF_CALLER)
         ):
             raise UnavailableError("other plans are being computed", "try again in a few seconds")
         if request is None:
@@ -117,6 +120,14 @@ class _Line:
         request.answer = answer
         del self.requests[request.key]
         self.served = None
+
+    def refuse(self, answer: Answer) -> None:
+        """Tell it to all who wait for what is not computed yet."""
+        for request in list(self.requests.values()):
+            if request is not self.served:
+                request.answer = answer
+                del self.requests[request.key]
+        self.queues.clear()
 
     def _turn(self) -> str:
         return _ITSELF if _ITSELF in self.queues else next(iter(self.queues))
@@ -194,6 +205,13 @@ class Accountant:
         """As `renyi.step_of`, for `caller`. Raises as `accounts`."""
         return tuple(map(_number, self._ask(caller, "step", noise_multiplier, sample_rate, rows_per_unit)))
 
+    def refuse_all(self) -> None:
+        """Tell all who wait that the authority stops, and end the process."""
+        with self._changed:
+            self._line.refuse(_failure("the authority is stopping", "try again once it has started: cloister up"))
+            self._changed.notify_all()
+        self.close()
+
     def close(self) -> None:
         """End its process. The next request would start another."""
         if self._process is not None and os.getpid() == self._owner:
@@ -211,14 +229,16 @@ class Accountant:
                 known.move_to_end(arguments)
                 return known[arguments]
             request = self._line.join((name, arguments), asking)
+            end = time.monotonic() + ITSELF_S
             try:
                 while request.answer is None:
                     if self._line.next() is request:
                         self._answer(request)
-                    else:
-                        self._changed.wait()
+                    elif not self._changed.wait(end - time.monotonic() if asking == _ITSELF else None):
+                        raise UnavailableError("other plans are being computed", "try again in a few seconds")
             finally:
                 self._line.leave(request, asking)
+                self._changed.notify_all()
         return _told(request.answer)
 
     def _answer(self, request: _Request) -> None:

@@ -176,12 +176,12 @@ def create_app(authority: Authority) -> FastAPI:
         return datasets.show(c, name, version)
 
     @route("GET", "/datasets/{name}/budget")
-    def show_budget(c: Who, name: Name) -> Any:
-        return datasets.budget(c, name)
+    def show_budget(c: Who, name: Name, version: Version | None = None) -> Any:
+        return datasets.budget(c, name, version)
 
     @route("PUT", "/datasets/{name}/budget")
     def set_budget(c: Who, name: Name, body: Budget) -> Any:
-        return datasets.set_budget(c, name, body.epsilon, body.delta)
+        return datasets.set_budget(c, name, body.epsilon, body.delta, body.version)
 
     @route("POST", "/datasets/{name}/versions/{version}/key-destruction")
     def destroy_keys(c: Who, name: Name, version: Version) -> Any:

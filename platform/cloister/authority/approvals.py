@@ -104,9 +104,10 @@ class Approvals:
 
     def demand(
         self, act: Action, kind: str, subject: str, details: Mapping[str, Any], *, next_step: str, author: str = "",
-        owner: str = "", digest: str | None = None,
+        owner: str = "", digest: str | None = None, wanted: str = "",
     ) -> tuple[str, list[Any]]:  # fmt: skip
-        """The id of the request for exactly this and its good votes, once there are enough. Arguments as `request`.
+        """The id of the request for exactly this and its good votes, once there are enough. Arguments as `request`;
+        `wanted` is what a refusal says that it needs them, in place of the subject.
 
         Marks the request as used, unless it is a promotion's.
 
@@ -122,9 +123,12 @@ class Approvals:
         needed = self._needed(row)
         act.details["required"] = needed
         if len(good) < needed:
+            said = f"{subject} has {len(good)} of {needed} approvals that it needs ({kind})"
+            if wanted:
+                said = f"{wanted} needs {needed} approval{'s' if needed > 1 else ''} and has {len(good)}"
             raise ApprovalMissingError(
-                f"{subject} has {len(good)} of {needed} approvals that it needs ({kind})",
-                f"somebody who may, and is not its author, runs: cloister approve {row.id}   then {next_step}",
+                said,
+                f"{_who_decides(row, act.caller.name)} runs: cloister approve {row.id}   then {next_step}",
             )
         if kind != "promotion":
             act.connection.execute(update(approvals).where(approvals.c.id == row.id).values(state="used"))
@@ -189,7 +193,14 @@ class Approvals:
         """
         with self._core.action(caller, "approval:vote", approval=approval[:40]) as act:
             row = _load(act.connection, approval)
-            act.allow(resources.approval(row))
+            try:
+                act.allow(resources.approval(row))
+            except PermissionDeniedError as refused:
+                if row.author != caller.name:
+                    raise
+                raise PermissionDeniedError(
+                    "you asked for this, so others decide", f"ask {_who_decides(row, caller.name)}"
+                ) from refused
             _require_independent(load_identity(act.connection, caller.name), row)
             if row.state != "open" or row.expires <= self._core.clock():
                 raise NotFoundError("there is no such open approval", "list them: cloister approvals list")
@@ -241,6 +252,15 @@ class Approvals:
             "expires": row.expires,
             "votes": [{"person": vote.person, "decision": vote.decision} for vote in cast],
         }
+
+
+def _who_decides(row: Any, reader: str) -> str:
+    """Who may vote on a request by the policies that ship, told to `reader`."""
+    owner, author = row.details["owner"], "you" if row.author == reader else row.author
+    who = "a reviewer" if row.kind in ("training", "promotion") else "a security officer"
+    if row.kind == "training" and owner != row.author:
+        who += f", or {owner}"
+    return f"{who} (not {author})"
 
 
 def _require_independent(voter: Any, row: Any) -> None:

@@ -22,11 +22,19 @@ from cloister.authority.data import brief, keys_of, require_live
 from cloister.authority.data import load as load_dataset
 from cloister.authority.key_use import MODELS, dataset_key, key_context, model_key_context
 from cloister.authority.ledger import Cost, reserve
+from cloister.authority.populations import ledger_of
 from cloister.authority.runs import close, columns_of, load, require_attempts, settle_beforehand, standing
 from cloister.canonical import b64, canonical_json
 from cloister.datasets.manifest import DatasetManifest
 from cloister.datasets.schema import ORDINAL, DatasetSchema, PartName
-from cloister.errors import BudgetError, CloisterError, ConflictError, InputError, PermissionDeniedError
+from cloister.errors import (
+    BudgetError,
+    CloisterError,
+    ConflictError,
+    InputError,
+    IntegrityError,
+    PermissionDeniedError,
+)
 from cloister.models.release import checkpoint_seal_context, model_seal_context
 from cloister.privacy.plan import PrivacyPlan
 from cloister.privacy.spec import TrainingSpec
@@ -115,6 +123,8 @@ class Attempts:
                     f"rank {rank} of {run} has had its lease", "a lease is given once an attempt; open another"
                 )
             ledger_seals.require_whole(act, row.ledger)
+            if ledger_of(act.connection, brief(act.connection, row.dataset, row.version)) != row.ledger:
+                raise IntegrityError(f"{run} is charged to another ledger than that of its data", "see: cloister fsck")
             held = Cost.of(row)
             if held != held.at_least(Cost.of_steps(row.plan, rest_of(row))):
                 raise BudgetError(f"what is held for {run} does not pay for its rest", "open another attempt")

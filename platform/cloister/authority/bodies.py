@@ -186,6 +186,8 @@ class Expiry(Body):
 class Budget(Body):
     epsilon: Budgeted
     delta: Budgeted
+    version: Version | None = None
+    """Of the dataset whose budget it is; the newest by default. Versions may have different populations."""
 
 
 class Spec(Body):

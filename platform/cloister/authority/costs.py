@@ -123,6 +123,8 @@ def for_rows(run: Any, trained: int, held_out: int, caller: str | None = None) -
 def curve(plan: dict[str, Any], steps: int, caller: str | None = None) -> renyi.Curve:
     """The Rényi divergences that so many committed steps of a plan come to. One step is accounted for, once."""
     known = PrivacyPlan.from_dict(plan)
+    if steps == 0:
+        return renyi.NOTHING
     one = accountant.shared.step(known.noise_multiplier, known.sample_rate, known.rows_per_unit, caller)
     return renyi.of_steps(one, steps, known.evaluation_epsilon)
 

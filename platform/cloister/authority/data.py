@@ -8,6 +8,7 @@ How versions come about is in `registration`, how they end in `lifecycle`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -20,15 +21,19 @@ from cloister.authority.approvals import Approvals
 from cloister.authority.core import Action, Caller, Core
 from cloister.authority.ledger import Budget, budget_of, change_budget, has_budget, spending
 from cloister.authority.overlap import Overlap
-from cloister.authority.populations import described, ledger_of, members
+from cloister.authority.populations import described, ledger_of, members, versions
 from cloister.datasets.manifest import DatasetManifest
 from cloister.datasets.schema import DatasetSchema, Unit
 from cloister.errors import BudgetError, ConflictError, InputError, NotFoundError
 from cloister.privacy.plan import require_small_delta
-from cloister.rounding import rounded_down
+from cloister.privacy.spec import MIN_DELTA
+from cloister.rounding import most_rows, rounded_down
 from cloister.stores.blobs import Stores
 from cloister.stores.tables import data_keys, datasets, models, runs
 
+MOST_EPSILON = 100.0
+LEAST_DELTA = 2 * MIN_DELTA  # each of the two rules that compose runs has half of it (`ledger`)
+DELTA_BELOW = 1e-2
 BATCH = 5_000  # databases take about 32,000 parameters in one statement
 _SHORT = [column for column in datasets.c if column.name not in ("manifest", "envelope", "owner_key")]
 
@@ -69,13 +74,18 @@ class Datasets:
         with self._core.reading(caller, "dataset:read") as act:
             rows = act.connection.execute(select(*_SHORT).order_by(datasets.c.name, datasets.c.version)).all()
             act.allow(resources.new_dataset("any", caller.name))
-            return [
-                _public(row) | {"budget": budget_shown(act.connection, row)}
-                for row in rows
-                if act.permits(resources.dataset(act.connection, row))
-            ]
+            known: dict[str | None, Budget] = {}
+            shown = []
+            for row in rows:
+                ledger = ledger_of(act.connection, row)
+                budget = known[ledger] = known.get(ledger) or budget_of(act.connection, ledger)
+                if act.permits(resources.dataset(act.connection, row, budget=budget)):
+                    shown.append(_public(row) | {"budget": budget.to_dict() | {"joined": ledger is not None}})
+            return shown
 
-    def set_budget(self, caller: Caller, name: str, epsilon: float, delta: float) -> dict[str, Any]:
+    def set_budget(
+        self, caller: Caller, name: str, epsilon: float, delta: float, version: int | None = None
+    ) -> dict[str, Any]:  # fmt: skip
         """Set the total that all runs may spend on all datasets of one owner, population and unit. To raise it takes
         approval, and so does a first one above the site's ceiling.
 
@@ -86,24 +96,16 @@ class Datasets:
                 in another ledger; names the request.
         """
         with self._core.action(caller, "budget:set", epsilon=epsilon, delta=delta) as act:
-            last = latest(act.connection, name)
+            last = _version(act.connection, name, version)
             if last is None:
                 raise NotFoundError(f"there is no dataset {name}", "seal it first: cloister data seal")
             act.allow(resources.dataset(act.connection, last))
             ledger = self._overlap.require(act, last)
-            if not (0 < epsilon <= 100 and 0 < delta < 1e-2):
-                raise InputError(
-                    "a budget has 0 < epsilon <= 100 and 0 < delta < 0.01", "see `cloister budget set --help`"
-                )
-            for dataset in {name, *members(act.connection, ledger)}:
-                require_small_delta(delta, most_rows_of(act.connection, dataset))
+            _require_range(epsilon, delta)
+            manifest = DatasetManifest.parse(load(act.connection, name, last.version).manifest)
+            require_small_delta(delta, most_rows_of(act.connection, ledger, manifest))
             before, approval = budget_of(act.connection, ledger), None
-            if not replace(before, epsilon=epsilon, delta=delta).holds():
-                raise BudgetError(
-                    f"runs have spent or hold epsilon {before.charged()[0]:.3f} already, of {name} and what shares its "
-                    "budget",
-                    "a budget cannot be below what is spent",
-                )
+            _require_enough(replace(before, epsilon=epsilon, delta=delta), name)
             # A budget of nothing is one too: what a rollback left of it.
             first = not has_budget(act.connection, ledger)
             if first:
@@ -125,16 +127,19 @@ class Datasets:
             "dataset": row.name, "datasets": members(act.connection, ledger), "epsilon": [before.epsilon, epsilon],
             "delta": [before.delta, delta],
         }  # fmt: skip
-        next_step = f"set it again: cloister budget set {row.name}"
+        wanted = "more epsilon or delta than before"
+        if not has_budget(act.connection, ledger):
+            wanted = f"a first budget above epsilon {self._approvals.required.budget_from:g}"
         approval, _ = self._approvals.demand(
-            act, "budget", f"budget of {row.name}", details, owner=row.owner, next_step=next_step
-        )
+            act, "budget", f"budget of {row.name}", details, owner=row.owner, wanted=wanted,
+            next_step=f"set it again: cloister budget set {row.name}",
+        )  # fmt: skip
         return approval
 
-    def budget(self, caller: Caller, name: str) -> dict[str, Any]:
+    def budget(self, caller: Caller, name: str, version: int | None = None) -> dict[str, Any]:
         """The budget, who shares it, what is left of it, whom it protects, how it came to be, and who spent it."""
         with self._core.reading(caller, "dataset:read") as act:
-            last = latest(act.connection, name)
+            last = _version(act.connection, name, version)
             act.allow(resources.dataset(act.connection, last) if last else resources.new_dataset(name, ""))
             if last is None:
                 raise NotFoundError(f"there is no dataset {name}", "list them: cloister data list")
@@ -149,10 +154,67 @@ def budget_shown(connection: Connection, row: Any) -> dict[str, Any]:
     return {"dataset": row.name} | shown | described(connection, row)
 
 
-def most_rows_of(connection: Connection, name: str) -> int:
-    """The most rows that a dataset's newest version has, by its published numbers."""
-    manifest = DatasetManifest.parse(load(connection, name, latest(connection, name).version).manifest)
-    return manifest.most_rows("train") + manifest.most_rows("holdout")
+def most_rows_of(connection: Connection, ledger: str, manifest: DatasetManifest) -> int:
+    """The most rows, by published numbers, of any version that a ledger pays for: the manifest's, and all that are live
+    or were trained on.
+    """
+    trained = select(runs.c.dataset, runs.c.version).where(runs.c.ledger == ledger).distinct()
+    used = {(row.dataset, row.version) for row in connection.execute(trained)}
+    paid = [row for row in versions(connection, ledger) if row.ended is None or (row.name, row.version) in used]
+    own = manifest.most_rows("train") + manifest.most_rows("holdout")
+    return max([own, *(most_rows(row.rows) for row in paid)])
+
+
+def _require_range(epsilon: float, delta: float) -> None:
+    """Refuse a budget that no run could spend, or that would promise nothing.
+
+    Raises:
+        InputError: it is one; names the number that is wrong.
+    """
+    if epsilon <= 0:
+        raise InputError(f"epsilon {epsilon:g} is not above 0", f"choose one above 0, at most {MOST_EPSILON:g}")
+    if epsilon > MOST_EPSILON:
+        raise InputError(
+            f"epsilon {epsilon:g} is above the most that a budget has, {MOST_EPSILON:g}",
+            f"choose --epsilon {MOST_EPSILON:g} or less",
+        )
+    if delta < LEAST_DELTA:
+        raise InputError(
+            f"delta {delta:g} is below the least that a budget has, {LEAST_DELTA:g}",
+            f"runs need half of it, and have at least {MIN_DELTA:g}: choose --delta {LEAST_DELTA:g} or more",
+        )
+    if delta >= DELTA_BELOW:
+        raise InputError(f"delta {delta:g} is not below {DELTA_BELOW:g}", "choose one below that, and below 1/rows")
+
+
+def _require_enough(budget: Budget, name: str) -> None:
+    """Refuse a budget that is below what is spent or held.
+
+    Raises:
+        BudgetError: it is; names what would do.
+    """
+    if budget.holds():
+        return
+    least, _ = budget.charged()
+    shared = f"already, of {name} and what shares its budget"
+    if budget.spent.curve is None and budget.spent.delta > budget.delta:
+        raise BudgetError(
+            f"runs have spent or hold delta {budget.spent.delta:g} {shared}", "choose a --delta that is no smaller"
+        )
+    # What sums of decimal fractions are off by does not count (`ledger`), or 3 would be told as 3.01.
+    enough = math.ceil(round(100 * least, 7)) / 100 if math.isfinite(least) else math.inf
+    raise BudgetError(
+        f"at delta {budget.delta:g}, runs have spent or hold epsilon {least:.3f} {shared}",
+        f"choose at least --epsilon {enough:.2f}" if enough <= MOST_EPSILON else "choose a larger --delta",
+    )
+
+
+def _version(connection: Connection, name: str, version: int | None) -> Any:
+    """A version's row, or the newest one's, or None; without the long parts."""
+    if version is None:
+        return latest(connection, name)
+    mine = (datasets.c.name == name) & (datasets.c.version == version)
+    return connection.execute(select(*_SHORT).where(mine)).one_or_none()
 
 
 def unit_of(schema: DatasetSchema) -> dict[str, Any]:

@@ -169,7 +169,7 @@ def _may_change(act: Action, name: str) -> bool:
 
 def _settle(act: Action, row: Any, **more: Any) -> None:
     """Charge a run that has ended for the steps that the ledger has on record, and for no other."""
-    cost = Cost.of_steps(row.plan, row.steps_committed)
+    cost = Cost.settled(row)
     act.details.update(epsilon_charged=cost.epsilon, steps=row.steps_committed)
     values = cost.columns() | {"settled": True} | more
     with ledger_seals.changing(act, row.ledger):

@@ -5,11 +5,17 @@ Runs that people choose after they have seen earlier models are composed by two 
     adding   epsilons and deltas of all runs are added up, as their certificates have them
     Rényi    a filter over their Rényi divergences (`privacy.renyi`): for several runs it is far less than the sum
 
-Guarantees: together all runs stay within the budget's epsilon and delta, whatever is chosen on what was seen. Which of
-the rules ends up as the one that allowed a run may depend on what was seen too: so each has half of the budget's delta.
-(Where adding is right, everything but a probability of half the delta is within epsilon; the same by the other rule;
-and what runs were made are within one of both.) It is checked and charged in one transaction. A ledger with a run of
-before there was a filter adds up, with all of its delta. Who may spend is decided elsewhere.
+Guarantees: together all runs stay within the budget's epsilon and delta, whatever is chosen on what was seen, and which
+of the rules ends up as the one that holds may depend on that too. For each rule has half of the budget's delta. Let A
+be the outcomes that end with all that is committed within adding. As of a process that stops by adding alone,
+P(A) <= e^epsilon Q(A) + delta/2. The same holds of the outcomes that end within the filter, so of all with delta. What
+is held for a run is never less than what it has committed, so giving back what was not used changes none of this. Of a
+budget that was changed on what was seen it holds with the largest epsilon and delta that it had.
+
+It is checked and charged in one transaction. A ledger with a run of before there was a filter adds up, with all of its
+delta. Who may spend is decided elsewhere.
+
+Not guaranteed: adding, where when a run ends tells of rows. Nothing that is computed from rows leaves before its end.
 """
 
 from __future__ import annotations
@@ -31,16 +37,13 @@ ADDING, RENYI = "adding", "renyi"
 _ROUNDING = 1 + 1e-9  # for sums of decimal fractions; it is relative to the total, so it cannot add up
 
 
-_NOTHING = (0.0,) * len(renyi.ORDERS)
-
-
 @dataclass(frozen=True, slots=True)
 class Cost:
     """Of a run or of several: `epsilon` and `delta` as added up, and the sum of the Rényi curves; None if unknown."""
 
     epsilon: float = 0.0
     delta: float = 0.0
-    curve: renyi.Curve | None = _NOTHING
+    curve: renyi.Curve | None = renyi.NOTHING
 
     @classmethod
     def sum(cls, costs: Iterable[Cost]) -> Cost:
@@ -49,7 +52,7 @@ class Cost:
         curves = [cost.curve for cost in listed if cost.curve is not None]
         return cls(
             math.fsum(cost.epsilon for cost in listed), math.fsum(cost.delta for cost in listed),
-            renyi.total([_NOTHING, *curves]) if len(curves) == len(listed) else None,
+            renyi.total(curves) if len(curves) == len(listed) else None,
         )  # fmt: skip
 
     @classmethod
@@ -70,6 +73,15 @@ class Cost:
     def of_plan(cls, plan: PrivacyPlan, caller: str | None = None) -> Cost:
         """What is held for a run that is submitted: its epsilon as it was asked for, at least what it is certified."""
         return cls(plan.epsilon, plan.delta, curve(plan.to_dict(), plan.steps, caller))
+
+    @classmethod
+    def settled(cls, run: Any) -> Cost:
+        """What a run that ends is charged: all steps that are on record. One that was held without a curve keeps none,
+        or a ledger that adds up with all of its delta would have half of it from then on.
+        """
+        cost = cls.of_steps(run.plan, run.steps_committed)
+        held = cls.of(run)
+        return replace(cost, curve=None) if held.curve is None else cost
 
     def at_least(self, other: Cost) -> Cost:
         """The larger of both, in each of its numbers."""
@@ -122,6 +134,10 @@ class Budget:
         filtered = renyi.epsilon(self.spent.curve, self.delta_of_each_rule, self.order)
         adds = self.spent.delta <= self.delta_of_each_rule * _ROUNDING and added <= filtered
         return (added, ADDING) if adds else (filtered, RENYI)
+
+    @property
+    def epsilon_left(self) -> float:
+        return max(0.0, self.epsilon - self.charged()[0])
 
     def to_dict(self) -> dict[str, Any]:
         """For people: what is there, what of it is charged by which rule, and what adding up alone would say."""
@@ -187,11 +203,12 @@ def change_budget(
 ) -> None:
     """Set a ledger's budget, and keep who did. Within `ledger_seals.changing`."""
     before = budget_of(connection, ledger)
-    values = {"epsilon": epsilon, "delta": delta}
+    values: dict[str, float] = {"epsilon": epsilon, "delta": delta}
+    if connection.execute(select(runs.c.id).where(runs.c.ledger == ledger).limit(1)).first() is None:
+        values["order"] = renyi.order_for(epsilon, delta / 2) if epsilon and delta else renyi.DEFAULT_ORDER
     changed = connection.execute(update(budgets).where(budgets.c.ledger == ledger).values(**values))
     if not changed.rowcount:
-        order = renyi.order_for(epsilon, delta / 2) if epsilon and delta else None
-        connection.execute(insert(budgets).values(ledger=ledger, order=order, **values))
+        connection.execute(insert(budgets).values(ledger=ledger, **values))
     mine = budget_changes.c.ledger == ledger
     last = connection.execute(select(func.coalesce(func.max(budget_changes.c.number), 0)).where(mine)).scalar_one()
     connection.execute(

@@ -27,11 +27,17 @@ from cloister.authority.populations import NAMED, members
 from cloister.canonical import canonical_json
 from cloister.errors import IntegrityError
 from cloister.stores.keys import KeyService
-from cloister.stores.tables import budgets, ledger_seals, ledgers, runs
+from cloister.stores.tables import budgets, ledger_members, ledger_seals, ledgers, runs
 
 UNSEALED = 0
 """The number of a ledger of before there were seals."""
-_LABEL = b"cloister.dev/ledger/v1\x00"
+_LABEL, _LABEL_OF_BEFORE = b"cloister.dev/ledger/v2\x00", b"cloister.dev/ledger/v1\x00"
+_OF_RUN = [
+    runs.c[name]
+    for name in ("id", "dataset", "version", "steps_committed", "position", "epsilon_charged", "delta_charged",
+                 "renyi_charged", "settled")
+]  # fmt: skip
+_OF_HELD = [runs.c[name] for name in ("id", "plan", "spec", "attributes", "code_digest")]
 
 
 def begin(act: Action, name: str) -> None:
@@ -68,66 +74,87 @@ def changing(act: Action, name: str) -> Iterator[None]:
 
 def check(connection: Connection, keys: KeyService | KeyUse, name: str) -> tuple[int, str]:
     """The number of the last change of a ledger, and what is wrong with it; empty if nothing is."""
+    number, sealed, problem = _opened(connection, keys, name)
+    if not problem and sealed not in (digest_of(connection, name), _digest_of_before(connection, name)):
+        problem = "is not what was sealed: it was edited"
+    return number, problem
+
+
+def _opened(connection: Connection, keys: KeyService | KeyUse, name: str) -> tuple[int, bytes, str]:
     row = connection.execute(select(ledger_seals).where(ledger_seals.c.ledger == name)).one_or_none()
     if row is None or row.counter == UNSEALED:
-        return UNSEALED, "has no seal"
+        return UNSEALED, b"", "has no seal"
     try:
         (sealed,) = keys.unwrap(LEDGER, [(row.seal, ledger_context(name, row.counter))])
     except IntegrityError:
-        return row.counter, "has a seal that is not its own"
-    return row.counter, "" if sealed == digest_of(connection, name) else "is not what was sealed: it was edited"
+        return row.counter, b"", "has a seal that is not its own"
+    return row.counter, sealed, ""
 
 
 def digest_of(connection: Connection, name: str) -> bytes:
-    """SHA-256 over a ledger, numbers exactly (as hexadecimal floats). Of one of before there were populations and
-    filters, what was sealed then: `dataset` was the ledger's name.
-    """
+    """SHA-256 over a ledger, numbers exactly (as hexadecimal floats)."""
     budget = connection.execute(select(budgets).where(budgets.c.ledger == name)).one_or_none()
-    c = runs.c
-    spent = connection.execute(
-        select(
-            c.id, c.steps_committed, c.position, c.epsilon_charged, c.delta_charged, c.settled, c.renyi_charged
-        ).where(c.ledger == name)
-    ).all()  # fmt: skip
-    plans = connection.execute(select(c.id, c.plan).where(c.ledger == name, c.settled.is_(False))).all()
     known = connection.execute(select(ledgers).where(ledgers.c.id == name)).one_or_none()
+    rows = connection.execute(select(*_OF_RUN).where(runs.c.ledger == name)).all()
+    held = connection.execute(select(*_OF_HELD).where(runs.c.ledger == name, runs.c.settled.is_(False))).all()
+    joined = connection.execute(
+        select(ledger_members.c.dataset, ledger_members.c.version).where(ledger_members.c.ledger == name)
+    ).all()
+    ledger = {
+        "ledger": name,
+        "of": [known.owner, known.population, known.unit] if known else None,
+        "datasets": sorted([row.dataset, row.version] for row in joined),
+        "budget": [budget.epsilon.hex(), budget.delta.hex(), budget.order] if budget else None,
+        "runs": {
+            row.id: [
+                row.dataset, row.version, row.steps_committed, row.position, row.epsilon_charged.hex(),
+                row.delta_charged.hex(), row.renyi_charged, row.settled,
+            ]
+            for row in rows
+        },
+        "held": {row.id: [row.plan, row.spec, row.attributes, row.code_digest] for row in held},
+    }  # fmt: skip
+    return hashlib.sha256(_LABEL + canonical_json(ledger)).digest()
+
+
+def _digest_of_before(connection: Connection, name: str) -> bytes:
+    """Of a dataset's own ledger, as it was sealed before there were populations and filters. `adopt` seals it anew."""
+    budget = connection.execute(select(budgets).where(budgets.c.ledger == name)).one_or_none()
+    rows = connection.execute(select(*_OF_RUN).where(runs.c.dataset == name)).all()
+    held = connection.execute(select(*_OF_HELD).where(runs.c.dataset == name, runs.c.settled.is_(False))).all()
     ledger = {
         "dataset": name,
         "budget": [budget.epsilon.hex(), budget.delta.hex()] if budget else None,
         "runs": sorted(
             [row.id, row.steps_committed, row.position, row.epsilon_charged.hex(), row.delta_charged.hex(), row.settled]
-            for row in spent
+            for row in rows
         ),
-        "plans": {row.id: row.plan for row in plans},
+        "plans": {row.id: row.plan for row in held},
     }
-    if budget and budget.order is not None:
-        ledger["order"] = budget.order
-    if curves := {row.id: row.renyi_charged for row in spent if row.renyi_charged is not None}:
-        ledger["renyi"] = curves  # each number as hexadecimal already
-    if (datasets := members(connection, name)) != [name]:
-        ledger["datasets"] = datasets
-    if known is not None and known.population is not None:
-        ledger |= {"owner": known.owner, "population": known.population, "unit": known.unit}
-    return hashlib.sha256(_LABEL + canonical_json(ledger)).digest()
+    return hashlib.sha256(_LABEL_OF_BEFORE + canonical_json(ledger)).digest()
 
 
 def adopt(core: Core) -> None:
-    """Seal the ledgers of a state of before there were seals. Each leaves an entry; none that was sealed once is, nor
-    any once there are populations: whoever can write the database could make one.
+    """Seal the ledgers of a state of before there were seals, or as they are sealed now. Each leaves an entry. None
+    that was sealed once is taken for one that was not; nor is any once there are populations, since whoever can write
+    the database could make one.
     """
     with core.database.reading() as connection:
-        waiting = connection.execute(
-            select(ledger_seals.c.ledger).where(ledger_seals.c.counter == UNSEALED)
-        ).scalars().all()  # fmt: skip
-        core.ledger_log.catch_up(connection)
-    if any(name.startswith(NAMED) for name in core.ledger_log.last):
-        return
-    for name in waiting:
-        if name not in core.ledger_log.last and not name.startswith(NAMED):
-            with core.of_itself("ledger:seal") as act:
-                if check(act.connection, act.keys, name)[0] == UNSEALED:  # or another authority was first
-                    act.resource = resources.dataset(act.connection, data.latest(act.connection, name))
-                    _seal(act, name, UNSEALED + 1)
+        names = [name for name in connection.execute(select(ledger_seals.c.ledger)).scalars() if _is_older(name)]
+    for name in names:
+        with core.of_itself("ledger:seal") as act:
+            logged = act.ledger_log.last
+            number, sealed, problem = _opened(act.connection, act.keys, name)
+            first = number == UNSEALED and name not in logged and all(map(_is_older, logged))
+            again = not problem and sealed == _digest_of_before(act.connection, name)
+            if first or (again and not act.ledger_log.disagrees(name, number)):
+                act.resource = resources.dataset(act.connection, data.latest(act.connection, name))
+                _seal(act, name, number + 1)
+
+
+def _is_older(name: str) -> bool:
+    """Whether a ledger is of before there were populations, by its name."""
+    return not name.startswith(NAMED)
 
 
 def _seal(act: Action, name: str, number: int) -> None:

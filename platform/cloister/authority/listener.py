@@ -18,6 +18,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from cloister.authority import accountant
 from cloister.authority.api import create_app
 from cloister.authority.gate import PEER
 from cloister.authority.service import Authority
@@ -110,6 +111,7 @@ class Listener(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._stopping.set()
+        accountant.shared.refuse_all()  # who waits for a plan is told why it does not come
         await super().shutdown(sockets)
         # Here and not after `run`, which ends with the signal that it was stopped by.
         self._authority.witnessing.stop()

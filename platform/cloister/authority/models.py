@@ -93,7 +93,7 @@ class Models:
             release_key = act.keys.signer(RELEASE)
             bundle = oms.sign_model(name, files, release_key)
             root = oms.verify_model(bundle, files, release_key.public_key())
-            cost = Cost.of_steps(row.plan, row.steps_committed)
+            cost = Cost.settled(row)
             metrics = self._evaluated(act.connection, row, spec.label, evaluation)
             provenance = _provenance(act, row, name, root, metrics, privacy_of(row, audit))
             act.details.update(model=f"{name}@{version}", root=root, epsilon_charged=cost.epsilon)

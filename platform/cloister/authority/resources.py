@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import Connection, Table, select
 
 from cloister.authority.core import PLATFORM, Resource
-from cloister.authority.ledger import budget_of
+from cloister.authority.ledger import Budget, budget_of
 from cloister.authority.populations import ledger_of
 from cloister.datasets.schema import CLASSES
 from cloister.errors import InputError, NotFoundError
@@ -22,11 +22,15 @@ def highest_class(classes: Iterable[str]) -> str:
     return max(classes, key=CLASSES.index, default=CLASSES[0])
 
 
-def dataset(connection: Connection, row: Any, classes: Iterable[str] | None = None) -> Resource:
-    """A version of a dataset; `classes` are those of the columns that are asked for, all of them by default."""
+def dataset(
+    connection: Connection, row: Any, classes: Iterable[str] | None = None, *, budget: Budget | None = None
+) -> Resource:
+    """A version of a dataset; `classes` are those of the columns that are asked for, all of them by default. `budget`
+    is its budget, where that is known already.
+    """
     schema = row.schema
     used = (column["class"] for column in schema["columns"]) if classes is None else classes
-    left = budget_of(connection, ledger_of(connection, row)).to_dict()["epsilon_left"]
+    left = (budget or budget_of(connection, ledger_of(connection, row))).epsilon_left
     return Resource(
         type="Dataset",
         name=f"{row.name}@{row.version}",

@@ -323,7 +323,10 @@ def _close_ledger(core: Core, act: Action, name: str, *, freeze: str | None) -> 
     mine = (runs.c.ledger == name) & runs.c.settled.is_(False)
     if freeze is None and connection.execute(select(runs.c.id).where(mine)).first() is None:
         return
-    act.resource = resources.dataset(connection, latest(connection, members(connection, name)[0]))
+    names = members(connection, name)
+    if not names:
+        return  # it was edited: `cloister fsck` names it
+    act.resource = resources.dataset(connection, latest(connection, names[0]))
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(IntegrityError):
             stack.enter_context(ledger_seals.changing(act, name))

@@ -7,7 +7,7 @@ workers die included. How it then trains is in `attempts`, how it ends in `ends`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from sqlalchemy import Connection, insert, select, update
@@ -17,11 +17,11 @@ from cloister.authority.approvals import Approvals
 from cloister.authority.core import Action, Caller, Core, Resource
 from cloister.authority.costs import curve, plan_for, settle, so_far
 from cloister.authority.data import load as load_dataset
-from cloister.authority.data import require_live, unit_of
+from cloister.authority.data import most_rows_of, require_live, unit_of
 from cloister.authority.identity import add_identity
 from cloister.authority.key_use import MODELS, model_key_context
-from cloister.authority.ledger import Budget, Cost, budget_of
-from cloister.authority.overlap import Overlap
+from cloister.authority.ledger import Budget, Cost, budget_of, has_budget
+from cloister.authority.overlap import joined
 from cloister.authority.populations import described, ledger_of
 from cloister.canonical import canonical_json, sha256_hex
 from cloister.datasets.manifest import DatasetManifest, parse_reference
@@ -37,10 +37,9 @@ from cloister.stores.tables import runs
 class Runs:
     """Plans runs, accepts them, and shows them."""
 
-    def __init__(self, core: Core, approvals: Approvals, overlap: Overlap) -> None:
+    def __init__(self, core: Core, approvals: Approvals) -> None:
         self._core = core
         self._approvals = approvals
-        self._overlap = overlap
 
     def plan(self, caller: Caller, spec_value: dict[str, Any]) -> dict[str, Any]:
         """What a run would cost. Reads the manifest's public facts, never data."""
@@ -85,8 +84,9 @@ class Runs:
         run = run_name(public_key.encode())
         with self._core.action(caller, "train:submit", run=run, epsilon=plan.epsilon, code=code_digest[:80]) as act:
             _, dataset = self.manifest(act, spec)
-            ledger = self._overlap.require(act, dataset)
-            _require_budget(budget_of(act.connection, ledger), cost, manifest)
+            ledger = joined(act.connection, dataset)
+            rows = most_rows_of(act.connection, ledger, manifest)
+            _require_budget(budget_of(act.connection, ledger), cost, manifest.name, rows)
             approval = self._approve(act, spec, plan, dataset, code_digest)
             now = self._core.clock()
             # First: it refuses a key that has had a run.
@@ -163,6 +163,8 @@ class Runs:
         manifest = DatasetManifest.parse(row.manifest)
         features, label = columns_of(spec, manifest)
         used = [column.sensitivity for column in (*features, label)]
+        if act.action != "train:plan":  # before policy says only that there is no budget
+            _require_some_budget(act, row, used)
         act.allow(resources.dataset(act.connection, row, used))
         require_live(act.connection, row)
         if manifest.published_rows("holdout") == 0:  # whether an erasure has left any is not told
@@ -193,12 +195,27 @@ def _attributes(resource: Resource | None) -> dict[str, Any]:
     return {name: known[name] for name in ("owner", "region", "purpose", "class")}
 
 
-def _require_budget(budget: Budget, cost: Cost, manifest: DatasetManifest) -> None:
-    name = manifest.name
-    if budget.delta >= 1 / (manifest.most_rows("train") + manifest.most_rows("holdout")):
+def _require_some_budget(act: Action, row: Any, classes: Iterable[str]) -> None:
+    """Tell whoever might train on a version, if only it had a budget, that it has none. All others policy refuses.
+
+    Raises:
+        BudgetError: none was ever set.
+        CloisterError: as `overlap.joined`.
+    """
+    if has_budget(act.connection, joined(act.connection, row)):
+        return
+    if act.permits(resources.dataset(act.connection, row, classes, budget=Budget(1.0, 0.0, Cost()))):
         raise BudgetError(
-            f"{name} has grown: the delta of its budget, {budget.delta:g}, protects none of its rows any more",
-            f"ask the owner for a smaller delta: cloister budget set {name}",
+            f"{row.name} has no budget yet", f"ask {row.owner}: cloister budget set {row.name} --epsilon E --delta D"
+        )
+
+
+def _require_budget(budget: Budget, cost: Cost, name: str, rows: int) -> None:
+    if budget.delta >= 1 / rows:
+        raise BudgetError(
+            f"data has grown: the budget of {name} has delta {budget.delta:g}, and with up to {rows:,} rows it may "
+            f"allow publishing one of them",
+            f"ask the owner for a delta below {0.99 / rows:.2e}: cloister budget set {name}",
         )
     after = budget.after(cost)
     if not after.holds():

@@ -111,7 +111,7 @@ class Authority:
         self.shredding = Shredding(self.core, self.custody, self.stores)
         self.lifecycle = Lifecycle(self.core, self.approvals, self.custody, self.shredding)
         self.registration = Registration(self.core, receiving, self.stores, self.lifecycle, self.shredding, overlap)
-        self.runs = Runs(self.core, self.approvals, overlap)
+        self.runs = Runs(self.core, self.approvals)
         self.attempts = Attempts(self.core, self.stores)
         self.ends = Ends(self.core, self.runs)
         self.retention = Retention(self.lifecycle, self.shredding, self.ends, retention_check_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
@@ -9,7 +10,7 @@ import click
 
 from cloister.cli import output
 from cloister.cli.context import NAME, Context, common
-from cloister.errors import NotFoundError
+from cloister.errors import CloisterError, NotFoundError
 
 
 @click.group()
@@ -45,7 +46,9 @@ def _epsilon(details: dict[str, Any]) -> str | None:
     """What a request would cost, or how large a budget would become; None where epsilon is no part of it."""
     epsilon = details.get("epsilon")
     if isinstance(epsilon, list):
-        return " → ".join(f"{each:g}" for each in epsilon)
+        delta = details["delta"]
+        grows = 0 < delta[0] < delta[1]  # a first budget's is as good as its epsilon
+        return output.change(epsilon) + (f", delta {output.change(delta)}" if grows else "")
     if epsilon is None:
         return None
     most = details.get("epsilon_at_most", epsilon)
@@ -57,6 +60,8 @@ def _epsilon(details: dict[str, Any]) -> str | None:
 @common
 def show(context: Context, approval: str) -> None:
     """Show exactly what an approval would be about."""
+    import yaml
+
     request = _find(context, approval)
     if context.json:
         output.value(request)
@@ -66,7 +71,18 @@ def show(context: Context, approval: str) -> None:
         "approval": request["approval"], "kind": request["kind"], "subject": request["subject"],
         "author": request["requested_by"], "needs": f"{request['required']}, has {request['approved']}",
         "votes": votes, "expires in": _left(request["expires"]), "digest": request["digest"],
-    } | {f"details: {name}": value for name, value in request["details"].items() if value})  # fmt: skip
+    } | {f"details: {name}": _detail(name, value) for name, value in request["details"].items()
+         if value and not isinstance(value, dict)})  # fmt: skip
+    for name, value in request["details"].items():
+        if isinstance(value, dict):
+            output.say(f"\n  details: {name}")
+            for line in yaml.safe_dump(value, sort_keys=False).splitlines():
+                output.say(f"    {output.printable(line)}")
+
+
+def _detail(name: str, value: Any) -> Any:
+    """A detail for people: of epsilon and delta, two numbers are what is there and what is asked for."""
+    return output.change(value) if name in ("epsilon", "delta") and isinstance(value, list) else value
 
 
 @click.command()
@@ -108,6 +124,9 @@ def _vote(context: Context, approval: str, decision: str) -> None:
         return
     if decision == "deny":
         output.say(f"You refused {shown['subject']}. A refusal is final.")
+        if shown["kind"] == "population":
+            output.say(f"Next, {shown['requested_by']} seals it again with the population and the unit of the others: "
+                       "they share one budget then.")  # fmt: skip
         return
     output.say(f"You approved {shown['subject']} ({shown['kind']}, {shown['digest'][:16]}…).")
     missing = shown["required"] - shown["approved"]
@@ -115,8 +134,22 @@ def _vote(context: Context, approval: str, decision: str) -> None:
         output.say(f"It needs {missing} more.")
     elif shown["kind"] == "access":
         output.say("The role is lent from now on, and gone by itself.")
+    elif shown["kind"] == "population":
+        output.say(_joined(context, shown))
     else:
         output.say(f"Next, {shown['requested_by']} repeats the command that asked for it.")
+
+
+def _joined(context: Context, shown: dict[str, Any]) -> str:
+    """What came of an answer: a budget of its own, or one with others that were told apart before."""
+    name, version, together = shown["details"]["dataset"], shown["details"]["version"], []
+    with contextlib.suppress(CloisterError):  # the vote is cast, and must not be told as if it were not
+        budget = context.client().get(f"/v1/datasets/{name}/budget?version={version}")
+        together = [each for each in budget["datasets"] if each != name]
+    if together:
+        return f"{name} shares one budget with {', '.join(together)} now: cloister budget show {name}"
+    return (f"{name} has a budget of its own now. Next, {shown['requested_by']}: cloister budget set {name} "
+            "--epsilon E --delta D")  # fmt: skip
 
 
 def _left(expires: float) -> str:

@@ -22,22 +22,24 @@ def budget() -> None:
 
 
 @budget.command(name="set")
-@click.argument("dataset", type=NAME)
+@click.argument("dataset", metavar="NAME[@N]")
 @click.option("--epsilon", type=float, required=True, help="Total over all runs, at most 100.")
 @click.option(
     "--delta",
     type=float,
     required=True,
-    help="Total over all runs, below 0.01 and one in as many rows; at least twice that of a run.",
+    help="Total over all runs, below 0.01 and below 1/rows; at least twice that of a run.",
 )
 @common
 def set_(context: Context, dataset: str, epsilon: float, delta: float) -> None:
-    """Set the total that all runs may spend on DATASET, and on what shares its budget. More than before takes approval,
-    and so does a first budget above the site's ceiling.
+    """Set the total that all runs may spend on a dataset, and on all that shares its budget: by NAME, on its newest
+    version. More than before takes approval, and so does a first budget above the site's ceiling.
     """
+    name, version = _named(dataset)
     if not (math.isfinite(epsilon) and math.isfinite(delta)):
-        raise InputError("epsilon and delta are numbers", "such as --epsilon 6 --delta 2e-5")
-    shown = context.client().put(f"/v1/datasets/{dataset}/budget", {"epsilon": epsilon, "delta": delta})
+        raise InputError("epsilon and delta are finite numbers", "such as --epsilon 6 --delta 2e-5")
+    body = {"epsilon": epsilon, "delta": delta} | ({"version": version} if version else {})
+    shown = context.client().put(f"/v1/datasets/{name}/budget", body)
     if context.json:
         output.value(shown)
     else:
@@ -45,19 +47,27 @@ def set_(context: Context, dataset: str, epsilon: float, delta: float) -> None:
 
 
 @budget.command()
-@click.argument("dataset", type=NAME)
+@click.argument("dataset", metavar="NAME[@N]")
 @common
 def show(context: Context, dataset: str) -> None:
     """Show the budget, what is left, how it came to be what it is, and who spent it."""
-    shown = context.client().get(f"/v1/datasets/{dataset}/budget")
+    name, version = _named(dataset)
+    shown = context.client().get(f"/v1/datasets/{name}/budget" + (f"?version={version}" if version else ""))
     if context.json:
         output.value(shown)
         return
+    if not (shown["changes"] or shown["runs"] or shown["epsilon"]):
+        output.say(f"{name} has no budget yet. Next: " + (
+            f"cloister budget set {dataset} --epsilon 6 --delta 2.5e-5" if shown["joined"] else
+            "a security officer answers whose rows these are: cloister approvals list"
+        ))  # fmt: skip
+        return
     output.say(_summary(shown))
-    together = [name for name in shown["datasets"] if name != dataset] or "nobody"
+    together = [each for each in shown["datasets"] if each != name] or "nobody"
     output.facts({
         "protects": output.unit(shown["unit"]),
-        "shared with": together if shown["joined"] else "not told yet: cloister approvals list",
+        "shared with": together if shown["joined"] else "nobody yet: a security officer has to answer "
+                                                        "(cloister approvals list)",
         "epsilon": _share(shown),
         "rule": _rule(shown),
     } | ({"population": shown["population"]} if shown["population"] else {}))  # fmt: skip
@@ -72,11 +82,25 @@ def show(context: Context, dataset: str) -> None:
     ], empty="Nobody has spent any of it.")  # fmt: skip
     if shown["runs"]:
         output.say()
-        output.table(("run", "on", "by", "state", "attempts", "steps", "epsilon", "if held out", "all so far", ""), [
-            (r["run"], r["dataset"], r["author"], r["state"], r["attempts"], f"{r['steps']:,}", r["epsilon"],
-             r["evaluation_epsilon"], r["after"], "" if r["settled"] else "held")
+        output.table(("run", "on", "by", "state", "steps", "by itself", "for held-out rows", "all up to it"), [
+            (r["run"], r["dataset"], r["author"], r["state"] + ("" if r["settled"] else " (held)"),
+             f"{r['steps']:,}" + (f" ({r['attempts']} tries)" if r["attempts"] > 1 else ""), f"{r['epsilon']:.4g}",
+             f"{r['evaluation_epsilon']:.4g}", f"{r['after']:.4g}")
             for r in shown["runs"]
         ], empty="")  # fmt: skip
+
+
+def _named(dataset: str) -> tuple[str, int | None]:
+    """A dataset, by its name or as one of its versions.
+
+    Raises:
+        InputError: neither.
+    """
+    from cloister.datasets.manifest import parse_reference
+
+    if "@" in dataset:
+        return parse_reference(dataset)
+    return str(NAME.convert(dataset, None, None)), None
 
 
 def _summary(shown: dict[str, Any]) -> str:
@@ -92,22 +116,24 @@ def _share(shown: dict[str, Any]) -> str:
     if total > 0 and sys.stdout.isatty():
         filled = round(BAR_WIDTH * min(1.0, charged / total))
         bar = "█" * filled + "░" * (BAR_WIDTH - filled) + "  "
-    going_on = f", {held} of the runs not over" if held else ""
-    return f"{bar}{charged:.4g} spent or held{going_on}, {shown['epsilon_left']:.4g} left of {total:g}"
+    going_on = f" (for {held} run{'s that are' if held > 1 else ' that is'} not over)" if held else ""
+    return f"{bar}{charged:.4g} of {total:g} spent or held{going_on}, {shown['epsilon_left']:.4g} left"
 
 
 def _rule(shown: dict[str, Any]) -> str:
     """By which rule runs come to what they do, and what that saves."""
-    charged, added, most = shown["epsilon_charged"], shown["epsilon_added"], shown["delta_of_each_rule"]
+    deltas, most = shown["delta_added"], shown["delta_of_each_rule"]
     if shown["rule"] == "adding":
-        return f"added up, with up to delta {most:g} in all; {shown['delta_added']:g} so far"
-    return (f"a Rényi filter, at delta {most:g}: added up, the same runs would come to epsilon {added:.4g}, "
-            f"{added - charged:.4g} more")  # fmt: skip
+        share = "half of the budget's" if most < shown["delta"] else "the budget's"
+        return f"adding: the epsilons of all runs. Their deltas come to {deltas:g}, at most {most:g} ({share})"
+    too_large = f", but their deltas come to {deltas:g}, more than that half" if deltas > most else ""
+    return (f"Rényi filter, at half of the budget's delta: {shown['epsilon_charged']:.4g}; adding would say "
+            f"{shown['epsilon_added']:.4g}{too_large}. A further run takes less than its own epsilon: "
+            "cloister train plan says how much")  # fmt: skip
 
 
 def _change(values: list[float]) -> str:
-    before, after = values
-    return f"{after:g}" if before == 0 else f"{before:g} → {after:g}"
+    return output.change(values if values[0] else [values[1]] * 2)
 
 
 def _when(seconds: float) -> str:

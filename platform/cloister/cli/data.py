@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from cloister.datasets.schema import DatasetSchema
+
+USUAL_DELTA = 2.5e-5
 
 
 @click.group()
@@ -59,6 +62,7 @@ def seal(
     """
     from cloister.client.seal import read_file, seal_dataset
     from cloister.datasets.schema import DatasetSchema
+    from cloister.rounding import most_rows
 
     schema = DatasetSchema.from_yaml_text(read_file(schema_file, "schema").decode(errors="replace"))
     with _blocks(file, schema, f"sealing {schema.name}") as blocks:
@@ -76,14 +80,25 @@ def seal(
     output.say("Protected now: the sealed copy opens only in a worker with a lease. Your own file is as it was.")
     population = shown["population"] or {}  # none if the answer was lost
     if together := population.get("shared_with"):
-        output.say(f"It shares one privacy budget with {', '.join(together)}.")
+        shares = "would share" if population.get("approval") else "shares"
+        output.say(f"It {shares} one privacy budget with {', '.join(together)}.")
     if population.get("approval"):
         output.say(f"Asked before it is trained on: {population['question']}")
         output.say(f"Next: a security officer answers: cloister approvals show {population['approval']}")
     elif together:
         output.say(f"Next: cloister budget show {schema.name}")
     else:
-        output.say(f"Next: cloister budget set {schema.name} --epsilon 6 --delta 2.5e-5")
+        rows = most_rows(shown["rows"] - shown["holdout_rows"]) + most_rows(shown["holdout_rows"])
+        output.say(f"Next: cloister budget set {schema.name} --epsilon 6 --delta {_delta(rows)}")
+
+
+def _delta(rows: int) -> str:
+    """A budget's delta for so many rows, to begin with: two digits, clearly below 1/rows."""
+    most = 0.8 / max(1, rows)
+    if most >= USUAL_DELTA:
+        return "2.5e-5"
+    power = math.floor(math.log10(most))
+    return f"{math.floor(10 * most / 10**power) / 10:g}e{power}"
 
 
 @data.command()

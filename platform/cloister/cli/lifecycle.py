@@ -31,7 +31,7 @@ def list_(context: Context) -> None:
         output.value(rows)
         return
     cells = [
-        (r["dataset"], r["owner"], f"{r['rows']:,}", r["files"], _state(r), _due(r), r["budget"]["epsilon_left"])
+        (r["dataset"], r["owner"], f"{r['rows']:,}", r["files"], _state(r), _due(r), _left(r["budget"]))
         for r in rows
     ]  # fmt: skip
     output.table(("dataset", "owner", "rows, about", "files", "state", "due", "epsilon left"), cells,
@@ -62,12 +62,17 @@ def show(context: Context, dataset: str) -> None:
                   "rows": rows,
                   "unit of privacy": unit if unit == "row" else f"{unit['column']}, up to {unit['max_rows']} rows",
                   "made by code": shown["manifest"]["lineage"]["code"], "digest": shown["digest"],
-                  "epsilon left": shown["budget"]["epsilon_left"]})  # fmt: skip
+                  "epsilon left": _left(shown["budget"])})  # fmt: skip
     cells = [(c["name"], c["type"], c["class"], c.get("role")) for c in schema["columns"]]
     output.table(("column", "type", "class", "role"), cells, empty="No columns.")
     output.say()
     for line in tree(shown["lineage"], shown["dataset"]):
         output.say(line)
+
+
+def _left(budget: dict[str, Any]) -> Any:
+    """What a budget has left; of one that a version has to wait for, that it is asked about."""
+    return budget["epsilon_left"] if budget["joined"] else "asked"
 
 
 def tree(lineage: list[dict[str, Any]], marked: str) -> Iterator[str]:

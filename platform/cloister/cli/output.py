@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from cloister.errors import CloisterError
+
+_ID = re.compile(r"[a-z]+-[0-9a-f]{8,}")
+_WORD = (40, 20, 12, 9, 6)  # how long a word may be that is not broken: the first that the terminal is wide enough for
 
 
 def error(refused: CloisterError, *, as_json: bool) -> None:
@@ -32,7 +36,11 @@ def say(text: str = "") -> None:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, empty: str) -> None:
-    """Rows under headings; `empty` is said when there are none. On a pipe: tab-separated, no frame."""
+    """Rows under headings; `empty` is said when there are none. On a pipe: tab-separated, no frame.
+
+    Nothing is cut off where the terminal is narrow. What people copy, names in the first column and ids, stays on one
+    line, if need be beyond the terminal's edge; all else is broken into lines.
+    """
     if not rows:
         say(empty)
         return
@@ -46,10 +54,40 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, empty: str) 
     from rich.table import Table
     from rich.text import Text
 
-    grid = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    console = Console()
+    both = [(name, *cells) for name, cells in zip(columns, zip(*texts, strict=True), strict=True)]
+    widths = _widths(both, console.width)
+    console.width = max(console.width, sum(widths) + 2 * len(widths))
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for name, width in zip(columns, widths, strict=True):
+        grid.add_column(name, width=width, overflow="fold")
     for row in texts:
         grid.add_row(*map(Text, row))
-    Console().print(grid)
+    console.print(grid)
+
+
+def _widths(columns: Sequence[Sequence[str]], terminal: int) -> list[int]:
+    """How wide columns are, each given with its heading; two more characters go with each. Longer ones give way first,
+    and words are broken only where they would not fit otherwise."""
+    from rich.cells import cell_len
+
+    widths = [max(1, *map(cell_len, texts)) for texts in columns]
+    words = [max((cell_len(word) for text in texts for word in text.split()), default=1) for texts in columns]
+    copied = [_is_copied(texts[1:], first=index == 0) for index, texts in enumerate(columns)]
+    room = terminal - 2 * len(columns)
+    for longest in _WORD:
+        least = [word if kept else min(word, longest) for word, kept in zip(words, copied, strict=True)]
+        if sum(least) <= room:
+            break
+    while sum(widths) > room and widths != least:
+        widest = max(range(len(widths)), key=lambda index: widths[index] if widths[index] > least[index] else 0)
+        widths[widest] -= 1
+    return widths
+
+
+def _is_copied(cells: Sequence[str], *, first: bool) -> bool:
+    """Whether a column has what people copy into their next command."""
+    return not any(" " in cell for cell in cells) and (first or any(map(_ID.fullmatch, cells)))
 
 
 def facts(pairs: Mapping[str, Any]) -> None:
@@ -86,6 +124,12 @@ def unit(protected: Mapping[str, Any], used: int | None = None) -> str:
         return f"one {protected['column']}, of whose rows at most {used:,} of {protected['max_rows']:,} are used"
     rows = "one row" if protected["max_rows"] == 1 else f"at most {protected['max_rows']:,} rows"
     return f"one {protected['column']} with {rows}"
+
+
+def change(values: Sequence[float]) -> str:
+    """A number before and after; once where it stayed."""
+    before, after = values
+    return f"{after:g}" if before == after else f"{before:g} → {after:g}"
 
 
 def replaced(privacy: Mapping[str, Any]) -> dict[str, str]:

@@ -277,20 +277,44 @@ def about(shown: dict[str, Any], since_s: float) -> float:
 
 def _verdict(shown: dict[str, Any]) -> str:
     if not shown["budget"]["joined"]:
-        return "it has no budget before somebody has answered whose rows these are: cloister approvals list"
+        return "no budget until a security officer has answered: cloister approvals list"
+    if not shown["budget"]["before"]["epsilon"]:
+        name, _, _ = shown["spec"]["dataset"].partition("@")
+        return f"nobody has set a budget: ask {shown['owner']}: cloister budget set {name} --epsilon E --delta D"
     if not shown["affordable"]:
-        return "the budget does not pay for it"
+        after = shown["budget"]["after"]
+        if after["epsilon_charged"] > after["epsilon"]:
+            return ("the budget does not pay for it: it would come to "
+                    f"{_rounded_up(after['epsilon_charged'])} of {after['epsilon']:g}")  # fmt: skip
+        return ("the budget does not pay for it: the deltas would come to "
+                f"{after['delta_added']:g} of {after['delta_of_each_rule']:g}")  # fmt: skip
     return "the budget pays for it" + (
         "" if shown["affordable_at_most"] else ", but not for all of the steps that may have to be run again"
     )
 
 
+def _rounded_up(epsilon: float) -> str:
+    """To three digits after the point, so that more than a budget has is never shown as the same."""
+    return f"{math.ceil(1000 * epsilon) / 1000:g}" if math.isfinite(epsilon) else "more than can be told"
+
+
 def _budget(shown: dict[str, Any]) -> str:
-    """What is left of it before and after; and how little this run adds, where a filter counts several together."""
-    before, after = shown["budget"]["before"], shown["budget"]["after"]
+    """What is left of it before and after; and what this run takes, where that is not its own epsilon."""
+    before, after, plan = shown["budget"]["before"], shown["budget"]["after"], shown["plan"]
+    if not before["epsilon"]:
+        return "none yet"
     said = f"epsilon {before['epsilon_left']:.3f} left before, {after['epsilon_left']:.3f} after"
     adds = after["epsilon_charged"] - before["epsilon_charged"]
-    return said + (f"; beside the runs before, this one adds {adds:.3f}" if after["rule"] == "renyi" else "")
+    if after["rule"] != "renyi":
+        return said
+    if before["epsilon_added"]:
+        return f"{said}; together with the runs before, this one takes {adds:.3f}"
+    more = "more" if adds > plan["epsilon"] else "not more"
+    half = after["delta_of_each_rule"]
+    why = f"its delta {plan['delta']:g} is above half of the budget's ({half:g}), so only the Rényi filter counts it"
+    if plan["delta"] <= half:
+        why = "by the Rényi filter, at half of the budget's delta"
+    return f"{said}; this run takes {adds:.3f}, {more} than its {plan['epsilon']:g}: {why}"
 
 
 def _steps(shown: dict[str, Any]) -> str:

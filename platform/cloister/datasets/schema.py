@@ -46,6 +46,9 @@ _DURATION = re.compile(r"P(?=[0-9])(?:([0-9]{1,3})Y)?(?:([0-9]{1,3})M)?(?:([0-9]
 
 _Name = Annotated[StrictStr, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]{0,127}$")]
 
+_SHORT_NAMES = {"name": "adult", "population": "us-1994"}
+"""The fields that have such a name, each with an example."""
+
 
 class Encoding(BaseModel):
     """How a number becomes model inputs: scaled linearly or by logarithm, plus one indicator for each bin."""
@@ -208,8 +211,11 @@ class DatasetSchema(BaseModel):
         except ValidationError as found:
             # Of `row` or a unit, pydantic tells first that it is not `row`.
             problem = first_problem(found, silent={Unit.__name__}, not_meant="literal['row']")
+        reason = problem.reason
+        if problem.kind == "string_pattern_mismatch" and problem.place in _SHORT_NAMES:
+            reason = f"a short name of lower-case letters, digits and hyphens, such as {_SHORT_NAMES[problem.place]}"
         raise InputError(
-            f"the schema is not valid: {problem.place}: {problem.reason}",
+            f"the schema is not valid: {problem.place}: {reason}",
             "see jobs/examples/adult/schema.yaml for a whole one",
         )
 

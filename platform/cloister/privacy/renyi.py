@@ -47,6 +47,8 @@ DEFAULT_ORDER = 6
 """The one that weighs the most where nobody has chosen."""
 Curve = tuple[float, ...]
 """An upper bound on the Rényi divergence at each of `ORDERS`; infinity is allowed."""
+NOTHING: Curve = (0.0,) * len(ORDERS)
+"""Of no release."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -81,7 +83,7 @@ def of_steps(step: Curve, steps: int, evaluation_epsilon: float) -> Curve:
     if steps < 0:
         raise ValueError("the number of steps is not negative")
     if steps == 0:
-        return (0.0,) * len(ORDERS)
+        return NOTHING
     evaluation = _pure(evaluation_epsilon)
     return tuple(max(_up(steps * each), other) for each, other in zip(step, evaluation, strict=True))
 
@@ -93,7 +95,7 @@ def total(curves: Iterable[Curve]) -> Curve:
         ValueError: a curve that has other orders, or a value that is negative or no number.
     """
     checked = [_checked(curve) for curve in curves]
-    return tuple(_up(math.fsum(values)) for values in zip((0.0,) * len(ORDERS), *checked, strict=True))
+    return tuple(_up(math.fsum(values)) for values in zip(NOTHING, *checked, strict=True))
 
 
 def order_for(epsilon: float, delta: float) -> int:

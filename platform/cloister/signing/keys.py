@@ -9,6 +9,7 @@ not): count keys, never signatures.
 
 from __future__ import annotations
 
+import re
 from typing import Protocol, TypeAlias
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -147,6 +148,11 @@ def run_name(public_pem: bytes) -> str:
         InputError: as `key_id`.
     """
     return f"run-{key_id(public_pem)[:10]}"
+
+
+def is_run_name(name: str) -> bool:
+    """Whether a run may be called so."""
+    return re.fullmatch(r"run-[0-9a-f]{10}", name) is not None
 
 
 def sign(key: SigningKey, data: bytes) -> bytes:

@@ -198,12 +198,13 @@ ledgers = Table(
     UniqueConstraint("owner", "population", "unit"),
 )
 
-# Which datasets spend from which ledger, and the approval that it took where their owner has others.
+# Which versions spend from which ledger, and the approval that it took where their owner has others.
 ledger_members = Table(
     "ledger_members",
     metadata,
-    Column("ledger", String, primary_key=True),
-    Column("dataset", String, primary_key=True, index=True),
+    Column("dataset", String, primary_key=True),
+    Column("version", Integer, primary_key=True, autoincrement=False),
+    Column("ledger", String, nullable=False, index=True),
     Column("approval", String),
 )
 
@@ -213,7 +214,7 @@ budgets = Table(
     Column("ledger", String, primary_key=True),
     Column("epsilon", Float, nullable=False),
     Column("delta", Float, nullable=False),
-    # The order that weighs the most in the filter over its runs: fixed with the first budget, before there is a run.
+    # The order that weighs the most in the filter over its runs: not changed any more once there is a run.
     Column("order", Integer),
 )
 

@@ -26,12 +26,13 @@ def upgrade() -> None:
         batch.add_column(sa.Column("order", sa.Integer(), nullable=True))
     op.create_table(
         "ledger_members",
-        sa.Column("ledger", sa.String(), nullable=False),
         sa.Column("dataset", sa.String(), nullable=False),
+        sa.Column("version", sa.Integer(), autoincrement=False, nullable=False),
+        sa.Column("ledger", sa.String(), nullable=False),
         sa.Column("approval", sa.String(), nullable=True),
-        sa.PrimaryKeyConstraint("ledger", "dataset", name=op.f("pk_ledger_members")),
+        sa.PrimaryKeyConstraint("dataset", "version", name=op.f("pk_ledger_members")),
     )
-    op.create_index(op.f("ix_ledger_members_dataset"), "ledger_members", ["dataset"], unique=False)
+    op.create_index(op.f("ix_ledger_members_ledger"), "ledger_members", ["ledger"], unique=False)
     op.create_table(
         "ledgers",
         sa.Column("id", sa.String(), nullable=False),
@@ -55,7 +56,7 @@ def upgrade() -> None:
             for row in newest.values()
         ],
     )
-    op.execute("INSERT INTO ledger_members (ledger, dataset) SELECT DISTINCT name, name FROM datasets")
+    op.execute("INSERT INTO ledger_members (dataset, version, ledger) SELECT name, version, name FROM datasets")
     with op.batch_alter_table("runs") as runs:
         runs.add_column(sa.Column("ledger", sa.String(), nullable=False, server_default=""))
         runs.add_column(sa.Column("renyi_charged", sa.JSON(), nullable=True))
