@@ -128,7 +128,7 @@ def _rule(shown: dict[str, Any]) -> str:
         return f"adding: the epsilons of all runs. Their deltas come to {deltas:g}, at most {most:g} ({share})"
     too_large = f", but their deltas come to {deltas:g}, more than that half" if deltas > most else ""
     return (f"Rényi filter, at half of the budget's delta: {shown['epsilon_charged']:.4g}; adding would say "
-            f"{shown['epsilon_added']:.4g}{too_large}. A further run takes less than its own epsilon: "
+            f"{shown['epsilon_added']:.4g}{too_large}. A further run mostly takes less than its own epsilon: "
             "cloister train plan says how much")  # fmt: skip
 
 
