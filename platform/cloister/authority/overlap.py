@@ -2,8 +2,8 @@
 
 Guarantees: where an owner has datasets in another ledger (another `population` in the schema, or another unit), the
 first version of a dataset in its ledger joins only once a security officer has answered, signed, that nobody is in
-both. Until then nothing is trained on it. Another dataset that came meanwhile makes it another question. Before any
-version joins, every ledger that the log tells of is compared with its seal: who can write the database hides none.
+both. Until then nothing is trained on it. Another dataset that came meanwhile makes it another question. Before a
+dataset joins, every ledger that the log tells of is compared with its seal: who can write the database hides none.
 
 Not guaranteed: that the answer is true, also of what is appended or sealed later under a name that has joined; nor
 anything about rows that two owners have.
@@ -173,12 +173,14 @@ def _join(act: Action, rows: list[Any], approval: str | None) -> None:
     """Let versions of one dataset join the ledger that they belong to.
 
     Raises:
-        IntegrityError: a ledger that the log tells of is not as it was sealed: it might be another's, or be hidden.
+        IntegrityError: that ledger is not as it was sealed; or, where none of the dataset is in it yet, any that the
+            log tells of: it might be hidden.
     """
-    for known in sorted(act.ledger_log.last):
-        ledger_seals.require_whole(act, known)
     ledger = future_ledger_of(act.connection, rows[0])
     new = ledger is None
+    if ledger is None or rows[0].name not in members(act.connection, ledger):
+        for known in sorted(act.ledger_log.last):
+            ledger_seals.require_whole(act, known)
     if ledger is None:
         ledger = NAMED + secrets.token_hex(6)
         act.connection.execute(
